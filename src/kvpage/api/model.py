@@ -1,0 +1,206 @@
+"""A model as data: DecoderSpec and its parts; and what the runner calls: CausalLM.
+
+A family translates a checkpoint's config into a DecoderSpec; one torch ``Decoder`` interprets every spec.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
+
+from kvpage.api.kv import KVGroupSpec
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class NormSpec:
+    """kind "rms" (arXiv:1910.07467), "rms1p" (scales by 1 + weight, Gemma), "layer" (with ``bias`` or not)."""
+
+    kind: Literal["rms", "rms1p", "layer"]
+    eps: float
+    bias: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RopeSpec:
+    """Rotary position embedding whose frequencies are fixed at load.
+
+    Attributes:
+        kind: transformers' rope_type: "default", "linear", "dynamic", "yarn", "longrope", "llama3".
+        theta: base. rotary_dim: elements of a head that turn.
+        interleaved: pairs (2i, 2i+1) instead of (i, i + rotary_dim/2).
+        max_position: positions the frequencies are computed for (``max_model_len``; dynamic and longrope).
+        parameters: the other values of ``rope_parameters`` as the checkpoint states them.
+    """
+
+    kind: str
+    theta: float
+    rotary_dim: int
+    interleaved: bool = False
+    max_position: int = 0
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class QKNormSpec:
+    """Norm of q and k before rope: over each head's elements (Qwen3) or over all heads at once (OLMo-2)."""
+
+    norm: NormSpec
+    over: Literal["head", "all"] = "head"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AttentionSpec:
+    """Softmax attention with paged KV. ``kv_group`` and ``kv_index`` say where its K and V live."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    v_head_dim: int
+    scale: float
+    kv_group: int
+    kv_index: int
+    window: int | None = None
+    softcap: float | None = None
+    sinks: bool = False
+    qkv_bias: bool = False
+    out_bias: bool = False
+    qk_norm: QKNormSpec | None = None
+    rope: RopeSpec | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MLPSpec:
+    """down(act(gate(x)) * up(x)) where ``gated``, else down(act(up(x)))."""
+
+    intermediate_size: int
+    activation: Literal["silu", "gelu", "gelu_tanh", "relu", "relu2"]
+    gated: bool = True
+    bias: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MoESpec:
+    """A router sends each token to ``top_k`` of ``num_experts`` gated MLPs; ``shared`` runs for every token.
+
+    ``score`` softmax or sigmoid over the router's logits; ``renormalise`` the chosen weights to sum 1;
+    ``shared_gate``: the shared MLP's output is scaled by sigmoid of a linear gate (Qwen2-MoE).
+    """
+
+    expert: MLPSpec
+    num_experts: int
+    top_k: int
+    score: Literal["softmax", "sigmoid"] = "softmax"
+    renormalise: bool = True
+    scale: float = 1.0
+    shared: MLPSpec | None = None
+    shared_gate: bool = False
+
+
+class MixerSpec(Protocol):
+    """Any other token mixer: a plugin's own spec type, with the torch module that runs it."""
+
+    kv_group: int
+    kv_index: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LayerSpec:
+    """One decoder layer: mixer, feed-forward, the norms by place, and how they join the residual stream.
+
+    sequential: x += m * after1(mixer(before1(x))); x += m * after2(ffn(before2(x))).
+    parallel:   x += m * (mixer(before1(x)) + ffn(before2(x))), before2 = before1 where it is None.
+    """
+
+    mixer: AttentionSpec | MixerSpec
+    ffn: MLPSpec | MoESpec
+    mixer_norm_before: NormSpec | None
+    ffn_norm_before: NormSpec | None
+    mixer_norm_after: NormSpec | None = None
+    ffn_norm_after: NormSpec | None = None
+    residual: Literal["sequential", "parallel"] = "sequential"
+    residual_multiplier: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EmbeddingSpec:
+    """Token embedding, times ``scale``; plus a learned position table of ``positions`` rows where given."""
+
+    scale: float = 1.0
+    positions: int | None = None
+    position_offset: int = 0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HeadSpec:
+    """Output projection: ``tied`` to the embedding or not; logits times ``scale``, then soft-capped."""
+
+    tied: bool
+    bias: bool = False
+    scale: float = 1.0
+    softcap: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DecoderSpec:
+    """A decoder-only model as data; immutable, and enough to build and size it.
+
+    ``max_position`` is the context that the checkpoint states; ``vocab_size`` the rows of the embedding.
+    """
+
+    family: str
+    vocab_size: int
+    hidden_size: int
+    max_position: int
+    embedding: EmbeddingSpec
+    layers: tuple[LayerSpec, ...]
+    final_norm: NormSpec
+    head: HeadSpec
+    kv_groups: tuple[KVGroupSpec, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WeightRef:
+    """Where a parameter lies in a checkpoint: tensor ``name``; ``rows`` [start, stop) of dimension 0 where
+    several parameters share one tensor; ``transpose`` where it is stored [in, out] (GPT-2)."""
+
+    name: str
+    rows: tuple[int, int] | None = None
+    transpose: bool = False
+
+
+WeightMap: TypeAlias = Mapping[str, WeightRef]
+"""kvpage's parameter name -> its place in the checkpoint. Names:
+
+embed.weight, positions.weight, final_norm.{weight,bias}, head.{weight,bias}, and for each layer i
+layers.i.{mixer_norm_before,mixer_norm_after,ffn_norm_before,ffn_norm_after}.{weight,bias},
+layers.i.attention.{q,k,v,out}.{weight,bias}, layers.i.attention.{q_norm,k_norm}.weight,
+layers.i.attention.sinks, layers.i.mlp.{gate,up,down}.{weight,bias},
+layers.i.moe.router.weight, layers.i.moe.experts.e.{gate,up,down}.weight, layers.i.moe.shared.{gate,up,down}.weight,
+layers.i.moe.shared_gate.weight.
+"""
+
+
+class StepContext(Protocol):
+    """A step, as a model sees it: an explicit argument, never ambient state."""
+
+    def attend(
+        self, spec: AttentionSpec, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Rotate q [T, Hq, D] and k [T, Hkv, D], store k and v [T, Hkv, Dv], attend: [T, Hq, Dv]."""
+        ...
+
+
+class CausalLM(Protocol):
+    """What the runner calls; the torch Decoder, or anything that keeps this contract."""
+
+    def forward(self, token_ids: torch.Tensor, positions: torch.Tensor, ctx: StepContext) -> torch.Tensor:
+        """int64 [T], int64 [T] -> hidden states after the final norm [T, H]."""
+        ...
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[N, H] -> [N, V]."""
+        ...
