@@ -233,13 +233,13 @@ def resolve(
     if kv_dtype not in ELEMENT_SIZES:
         raise ConfigError(f"kv_cache_dtype must be 'auto' or one of {', '.join(ELEMENT_SIZES)}, got {kv_dtype!r}")
     sizes = [block_size * g.elements_per_token * ELEMENT_SIZES[kv_dtype] for g in model.groups]
-    per_sequence = [_blocks_per_sequence(g, block_size, max_model_len, budget) for g in model.groups]
+    per_sequence = [blocks_per_sequence(g, block_size, max_model_len, budget) for g in model.groups]
     bytes_per_sequence = sum(s * n for s, n in zip(sizes, per_sequence, strict=True))
     if options.num_kv_blocks is not None:
         blocks = _share(options.num_kv_blocks, per_sequence)
         reasons["kv_memory"] = f"num_kv_blocks={options.num_kv_blocks} given"
     else:
-        memory, reasons["kv_memory"] = _kv_memory(options, machine, bytes_per_sequence * max_num_seqs)
+        memory, reasons["kv_memory"] = kv_memory(options, machine, bytes_per_sequence * max_num_seqs)
         # Block 0 of each group is the null block: it takes memory and holds nothing.
         copies = (memory - sum(sizes)) / bytes_per_sequence
         blocks = tuple(int(copies * n) for n in per_sequence)
@@ -271,7 +271,7 @@ def parse_size(value: int | str | None) -> int | None:
     return size
 
 
-def _blocks_per_sequence(group: GroupFacts, block_size: int, max_model_len: int, budget: int) -> int:
+def blocks_per_sequence(group: GroupFacts, block_size: int, max_model_len: int, budget: int) -> int:
     """Most blocks one sequence holds in a group: a window keeps the window and the chunk being computed."""
     tokens = max_model_len if group.window is None else min(max_model_len, group.window + budget + block_size)
     return -(-tokens // block_size)
@@ -283,7 +283,8 @@ def _share(num_blocks: int, per_sequence: Sequence[int]) -> tuple[int, ...]:
     return tuple(max(1, -(-num_blocks * n // most)) for n in per_sequence)
 
 
-def _kv_memory(options: EngineOptions, machine: MachineFacts, useful: int) -> tuple[int, str]:
+def kv_memory(options: EngineOptions, machine: MachineFacts, useful: int) -> tuple[int, str]:
+    """(bytes for KV, why): may be negative on a GPU that the weights overfill. ``useful``: a CPU takes no more."""
     given = parse_size(options.kv_cache_memory)
     if given is not None:
         return given, "kv_cache_memory given"
