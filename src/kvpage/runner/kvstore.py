@@ -1,0 +1,122 @@
+"""The KV memory of one engine, and the StepContext through which a model reaches it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from kvpage.api.attention import AttentionBackend, AttentionBatch, AttentionEnv, AttentionLayer, Rope
+from kvpage.api.kv import BlockCopy
+from kvpage.api.model import AttentionSpec, DecoderSpec, RopeSpec
+from kvpage.errors import CheckpointError
+
+
+@dataclass(slots=True)
+class GroupRuntime:
+    """One KV group: its backend object, and a KV tensor, layer record and rope a layer (by ``kv_index``)."""
+
+    backend: AttentionBackend
+    tensors: list[torch.Tensor]
+    layers: list[AttentionLayer]
+    ropes: list[Rope | None]
+
+
+class KVStore:
+    """KV tensors of every group.
+
+    Args:
+        spec: the model. backend: the chosen backend class. env: makes the AttentionEnv of (group index).
+        allocate: (shape, torch dtype) -> zeroed tensor of the engine's own memory.
+        ropes: rotary tables by RopeSpec.
+    """
+
+    def __init__(
+        self,
+        spec: DecoderSpec,
+        backend: type[AttentionBackend],
+        *,
+        env: Callable[[int], AttentionEnv],
+        allocate: Callable[[Sequence[int], torch.dtype], torch.Tensor],
+        rope: Callable[[RopeSpec], Rope],
+    ) -> None:
+        self.groups: list[GroupRuntime] = []
+        ropes: dict[int, Rope] = {}
+        mixers = {(m.kv_group, m.kv_index): m for m in _attention_layers(spec)}
+        for index, group in enumerate(spec.kv_groups):
+            runtime = GroupRuntime(backend(env(index)), [], [], [])
+            layout = runtime.backend.kv_layout()
+            dtype = getattr(torch, layout.dtype)
+            for position in range(len(group.layers)):
+                mixer = mixers[index, position]
+                if mixer.rope is not None and id(mixer.rope) not in ropes:
+                    ropes[id(mixer.rope)] = _shared(ropes, spec, mixer.rope) or rope(mixer.rope)
+                runtime.tensors.append(allocate(layout.shape, dtype))
+                runtime.layers.append(
+                    AttentionLayer(index=position, scale=mixer.scale, window=mixer.window, softcap=mixer.softcap)
+                )
+                runtime.ropes.append(None if mixer.rope is None else ropes[id(mixer.rope)])
+            self.groups.append(runtime)
+
+    def copy_blocks(self, copies: Sequence[BlockCopy]) -> None:
+        """Copy-on-write, in all layers of each group, before anything of the step is written."""
+        by_group: dict[int, list[BlockCopy]] = {}
+        for copy in copies:
+            by_group.setdefault(copy.group, []).append(copy)
+        for index, items in by_group.items():
+            group = self.groups[index]
+            source = torch.tensor([copy.source for copy in items], device=group.tensors[0].device)
+            target = torch.tensor([copy.target for copy in items], device=group.tensors[0].device)
+            for tensor in group.tensors:
+                group.backend.copy_blocks(tensor, source, target)
+
+    def step(self, positions: torch.Tensor, batches: Sequence[AttentionBatch]) -> PagedContext:
+        """The context of one step; every backend plans it once."""
+        plans = [group.backend.plan(batch) for group, batch in zip(self.groups, batches, strict=True)]
+        return PagedContext(self.groups, positions, batches, plans)
+
+
+class PagedContext:
+    """``kvpage.api.model.StepContext`` over paged KV."""
+
+    __slots__ = ("_batches", "_groups", "_plans", "_positions")
+
+    def __init__(
+        self,
+        groups: Sequence[GroupRuntime],
+        positions: torch.Tensor,
+        batches: Sequence[AttentionBatch],
+        plans: Sequence[object],
+    ) -> None:
+        self._groups, self._positions, self._batches, self._plans = groups, positions, batches, plans
+
+    def attend(
+        self, spec: AttentionSpec, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        group, batch = self._groups[spec.kv_group], self._batches[spec.kv_group]
+        index = spec.kv_index
+        layer, kv = group.layers[index], group.tensors[index]
+        if sinks is not None and layer.sinks is not sinks:
+            layer = group.layers[index] = replace(layer, sinks=sinks)
+        q, _ = group.backend.rope_write(q, k, v, self._positions, group.ropes[index], kv, batch)
+        out = torch.empty((q.shape[0], spec.num_heads, spec.v_head_dim), dtype=q.dtype, device=q.device)
+        group.backend.attend(q, kv, layer, batch, self._plans[spec.kv_group], out)
+        return out
+
+
+def _attention_layers(spec: DecoderSpec) -> list[AttentionSpec]:
+    mixers = [layer.mixer for layer in spec.layers]
+    found = [mixer for mixer in mixers if isinstance(mixer, AttentionSpec)]
+    if len(found) != len(mixers):
+        other = next(type(m).__name__ for m in mixers if not isinstance(m, AttentionSpec))
+        raise CheckpointError(f"{spec.family}: layers of type {other} keep no paged KV, which this engine needs")
+    return found
+
+
+def _shared(ropes: Mapping[int, Rope], spec: DecoderSpec, wanted: RopeSpec) -> Rope | None:
+    """The tables already built for an equal RopeSpec: equal specs share one table."""
+    for mixer in _attention_layers(spec):
+        if mixer.rope is not None and mixer.rope == wanted and id(mixer.rope) in ropes:
+            return ropes[id(mixer.rope)]
+    return None
