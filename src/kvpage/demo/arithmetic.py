@@ -1,0 +1,115 @@
+"""Sums, differences and products, and which operands are held back from training."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+
+__all__ = ["PHRASES", "Problem", "draw", "held_back_pairs", "held_back_problems", "phrase", "table_problems"]
+
+_LARGEST = 99
+_LARGEST_FACTOR = 12
+_HELD_BACK_SHARE = 0.1
+
+PHRASES: dict[str, tuple[str, ...]] = {
+    "+": (
+        "What is {a} + {b}?", "{a} + {b}", "{a} + {b} =", "{a}+{b}", "{a}+{b}=", "{a} + {b} = ?",
+        "How much is {a} + {b}?", "What is {a} plus {b}?", "How much is {a} plus {b}?", "{a} plus {b}",
+        "Add {a} and {b}.", "Calculate {a} + {b}.", "Compute {a} + {b}.", "What's {a} + {b}?",
+        "What is the sum of {a} and {b}?", "Can you add {a} and {b}?", "Please work out {a} + {b}.",
+        "What do {a} and {b} make?", "Hi, what is {a} + {b}?", "Can you tell me {a} + {b}?",
+    ),
+    "-": (
+        "What is {a} - {b}?", "{a} - {b}", "{a} - {b} =", "{a}-{b}", "{a}-{b}=", "{a} - {b} = ?",
+        "How much is {a} - {b}?", "What is {a} minus {b}?", "How much is {a} minus {b}?",
+        "{a} minus {b}", "Subtract {b} from {a}.", "Calculate {a} - {b}.", "Compute {a} - {b}.",
+        "What's {a} - {b}?", "Take {b} away from {a}.", "Can you subtract {b} from {a}?",
+        "Please work out {a} - {b}.", "Hi, what is {a} - {b}?", "Can you tell me {a} - {b}?",
+    ),
+    "*": (
+        "What is {a} * {b}?", "{a} * {b}", "{a} * {b} =", "{a}*{b}", "{a} x {b}", "{a}*{b}=",
+        "How much is {a} * {b}?", "What is {a} times {b}?", "How much is {a} times {b}?",
+        "{a} times {b}", "Multiply {a} by {b}.", "Calculate {a} * {b}.", "Compute {a} x {b}.",
+        "What's {a} * {b}?", "What is {a} x {b}?", "What is the product of {a} and {b}?",
+        "Can you multiply {a} by {b}?", "Hi, what is {a} * {b}?", "Can you tell me {a} * {b}?",
+    ),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Problem:
+    """``a operator b``, with 0 to 99 (0 to 12 for products) on both sides."""
+
+    a: int
+    operator: str
+    b: int
+
+    @property
+    def result(self) -> int:
+        if self.operator == "+":
+            return self.a + self.b
+        return self.a - self.b if self.operator == "-" else self.a * self.b
+
+    @property
+    def left(self) -> str:
+        """The problem as text, up to and with the equals sign."""
+        return f"{self.a} {self.operator} {self.b} ="
+
+    @property
+    def answer(self) -> str:
+        return f"{self.left} {self.result}."
+
+    @property
+    def pair(self) -> tuple[int, int]:
+        """The operands without their order: a + b and b + a (a - b and b - a) are one thing."""
+        return min(self.a, self.b), max(self.a, self.b)
+
+
+def held_back_pairs(operator: str) -> frozenset[tuple[int, int]]:
+    """Return the unordered pairs of operands that training never shows, in neither order.
+
+    Sums and differences hold back a tenth of all pairs in which an operand has two digits. The pairs of
+    one-digit numbers and the multiplication table are there to be learned by heart: none is held back.
+    """
+    if operator == "*":
+        return frozenset()
+    numbers = range(_LARGEST + 1)
+    pairs = [(a, b) for a in numbers for b in numbers if a <= b and b >= 10]
+    return frozenset(random.Random(f"held back {operator}").sample(pairs, int(len(pairs) * _HELD_BACK_SHARE)))
+
+
+_HELD_BACK = {operator: held_back_pairs(operator) for operator in PHRASES}
+
+
+def draw(random_: random.Random, operator: str | None = None) -> Problem:
+    """Draw a training problem: never a held-back pair, and small numbers more often than their share."""
+    chosen = operator or random_.choices("+-*", weights=(42, 42, 16))[0]
+    while True:
+        if chosen == "*":
+            return Problem(random_.randint(0, _LARGEST_FACTOR), "*", random_.randint(0, _LARGEST_FACTOR))
+        largest = 12 if random_.random() < 0.15 else _LARGEST
+        problem = Problem(random_.randint(0, largest), chosen, random_.randint(0, largest))
+        if problem.pair not in _HELD_BACK[chosen]:
+            return problem
+
+
+def phrase(random_: random.Random, problem: Problem) -> str:
+    """Return one way to ask for ``problem``."""
+    return random_.choice(PHRASES[problem.operator]).format(a=problem.a, b=problem.b)
+
+
+def table_problems() -> list[Problem]:
+    """Return the whole multiplication table; all of it is in the training text."""
+    factors = range(_LARGEST_FACTOR + 1)
+    return [Problem(a, "*", b) for a in factors for b in factors]
+
+
+def held_back_problems(operator: str, count: int, seed: int) -> list[Problem]:
+    """Return ``count`` different problems whose pairs are held back, in a random order of operands."""
+    random_ = random.Random(f"{operator} {seed}")
+    pairs = random_.sample(sorted(_HELD_BACK[operator]), count)
+    return [_ordered(random_, a, operator, b) for a, b in pairs]
+
+
+def _ordered(random_: random.Random, a: int, operator: str, b: int) -> Problem:
+    return Problem(a, operator, b) if random_.random() < 0.5 else Problem(b, operator, a)
