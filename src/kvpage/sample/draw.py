@@ -123,7 +123,7 @@ def _top_threshold(probabilities: torch.Tensor, rows: Int64Array, shaping: Shapi
     top_p = shaping.top_p[rows]
     # One more than k shows whether ties with the k-th go on.
     size = min(vocab_size, max(int(top_k.max()) + 1, _TOP_P_HEAD if top_p.min() < 1.0 else 0))
-    chosen = _select(probabilities, rows)
+    chosen = select_rows(probabilities, rows)
     ranks, mass = _column(top_k, device), _column(top_p, device)
     lowest, settled = _cut(_largest(chosen, size), ranks, mass)
     if size < vocab_size and not settled.all():
@@ -185,8 +185,8 @@ def _zero_below(probabilities: torch.Tensor, threshold: torch.Tensor) -> torch.T
     return probabilities
 
 
-def _select(values: torch.Tensor, rows: Int64Array) -> torch.Tensor:
-    """Those rows; no copy if that is all of them (``rows`` ascends)."""
+def select_rows(values: torch.Tensor, rows: Int64Array) -> torch.Tensor:
+    """Those rows of [N, ...], by ascending indices; no copy if that is all of them."""
     return values if len(rows) == len(values) else values[torch.from_numpy(rows).to(values.device)]
 
 

@@ -15,7 +15,7 @@ from kvpage.api.sampling import LogitsProcessor
 from kvpage.outputs import PositionLogprobs
 from kvpage.params import SamplingParams
 from kvpage.sample.custom import CustomProcessors
-from kvpage.sample.draw import NO_TOKEN, Shaping, draw, likeliest
+from kvpage.sample.draw import NO_TOKEN, Shaping, draw, likeliest, select_rows
 from kvpage.sample.logprobs import position_logprobs, prompt_position_logprobs, raw_logprobs
 from kvpage.sample.noise import uniforms
 from kvpage.sample.processors import SlotRules, apply_rules, slot_rules
@@ -179,7 +179,7 @@ class Sampler:
         needed = int(np.bitwise_or.reduce(flags))
         errors: dict[int, str] = {}
         asked = np.flatnonzero(flags & _LOGPROBS) if needed & _LOGPROBS else None
-        raw = None if asked is None else raw_logprobs(logits[torch.from_numpy(asked).to(logits.device)])
+        raw = None if asked is None else raw_logprobs(select_rows(logits, asked))
         if needed & _CHANGES:
             logits = logits.float().contiguous()
             errors = self._change(logits, slots, flags)
@@ -228,8 +228,8 @@ class Sampler:
         if draws.all():
             return self._draw(logits, slots)
         token_ids = np.empty(len(slots), dtype=np.int64)
-        token_ids[draws] = self._draw(logits[torch.from_numpy(draws).to(logits.device)], slots[draws])
-        token_ids[~draws] = likeliest(logits[torch.from_numpy(~draws).to(logits.device)])
+        token_ids[draws] = self._draw(select_rows(logits, np.flatnonzero(draws)), slots[draws])
+        token_ids[~draws] = likeliest(select_rows(logits, np.flatnonzero(~draws)))
         return token_ids
 
     def _draw(self, logits: torch.Tensor, slots: Int64Array) -> Int64Array:
