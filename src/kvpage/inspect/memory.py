@@ -1,0 +1,264 @@
+"""The sums of a memory plan: what weights, activations and the runtime take, and what is left for KV.
+
+Pure arithmetic on a spec, engine options and device sizes. What the engine would choose (dtype, block size,
+limits, KV memory) comes from ``kvpage.config``, the same functions that the engine calls.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from kvpage.api.model import AttentionSpec, DecoderSpec, MLPSpec
+from kvpage.config import (
+    ELEMENT_SIZES,
+    EngineOptions,
+    GroupFacts,
+    MachineFacts,
+    ModelFacts,
+    Resolved,
+    blocks_per_sequence,
+    kv_memory,
+    resolve,
+)
+from kvpage.errors import ConfigError
+from kvpage.inspect.model_size import PlannedModel, Quantization, WeightSizes, kv_heads_per_device, weigh
+from kvpage.inspect.plan_text import plan_text
+
+DEFAULT_GPU_SHARE = 0.9
+"""Share of a GPU that an engine takes where nothing is said: the GPU is idle, so all of it is free at start."""
+
+GPU_RUNTIME = 550_000_000
+"""Bytes a GPU process holds beside tensors: context and kernels 350 MB, matrix libraries 100, graphs 100."""
+
+COLLECTIVE_BUFFERS = 50_000_000
+"""Bytes of communication buffers on each of several GPUs."""
+
+CPU_RUNTIME = 350_000_000
+"""Bytes of an interpreter with torch and a tokenizer loaded, and its allocator's slack."""
+
+SAMPLER_COPIES = 3
+"""float32 matrices of the size of the logits that are alive at once: logits, probabilities, sort order."""
+
+ACTIVATION_FORMULA = (
+    "max_num_batched_tokens x (4 x hidden + the wider of attention and feed-forward) in the model's dtype "
+    "+ 3 x max_num_seqs x vocabulary in float32"
+)
+LENGTHS = (512, 2048, 4096)
+"""Sequence lengths that a plan counts sequences of, beside ``max_model_len``."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Devices:
+    """What to run on: ``count`` devices (tensor parallel ranks) of ``memory`` bytes; kind "cpu", "cuda", "hip"."""
+
+    kind: str
+    memory: int
+    count: int = 1
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Remedy:
+    """Flags that would make it work, and what they would give."""
+
+    flags: str
+    effect: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryPlan:
+    """What a model takes on given devices. All sizes in bytes, for one device unless the name says ``total``.
+
+    Attributes:
+        usable: what may be used of a device. kv_memory: what is left of it for KV; negative if nothing is.
+        kv_bytes_per_token: of all KV groups. longest_sequence_bytes: KV of one sequence of ``max_model_len``,
+            the null block included. tokens: that the KV pool holds.
+        sequences: length -> how many sequences of that length fit at once.
+        missing: what lacks before weights, activations, runtime and one KV block fit; 0 if they do.
+        remedies: what to turn, where it does not fit or no sequence of ``max_model_len`` does.
+    """
+
+    model: str
+    family: str
+    devices: Devices
+    quantization: str | None
+    resolved: Resolved
+    weights: WeightSizes
+    activations: int
+    runtime: int
+    usable: int
+    usable_reason: str
+    kv_memory: int
+    kv_bytes_per_token: int
+    total_kv_bytes_per_token: int
+    block_bytes: int
+    longest_sequence_bytes: int
+    tokens: int
+    sequences: Mapping[int, int]
+    missing: int
+    remedies: Sequence[Remedy] = ()
+
+    @property
+    def fits(self) -> bool:
+        """Whether the engine would start."""
+        return self.missing == 0
+
+    @property
+    def holds_longest(self) -> bool:
+        """Whether it would start and one sequence of ``max_model_len`` fits."""
+        return self.fits and self.sequences[self.resolved.max_model_len] > 0
+
+    @property
+    def total_usable(self) -> int:
+        return self.usable * self.devices.count
+
+    @property
+    def total_kv_memory(self) -> int:
+        return self.kv_memory * self.devices.count
+
+    def to_dict(self) -> dict[str, Any]:
+        """The plan as plain data, for JSON."""
+        data = asdict(self)
+        data["sequences"] = {str(length): count for length, count in self.sequences.items()}
+        return {"fits": self.fits, "holds_longest": self.holds_longest, "total_usable": self.total_usable,
+                "total_kv_memory": self.total_kv_memory, "total_weights": self.weights.total_bytes, **data}  # fmt: skip
+
+    def to_text(self) -> str:
+        """The plan for people, about 30 lines."""
+        return plan_text(self)
+
+
+def activation_bytes(spec: DecoderSpec, *, dtype: str, tokens: int, rows: int, ranks: int) -> int:
+    """Peak of a step's temporaries on one device, as ``ACTIVATION_FORMULA`` says.
+
+    Attention is taken to keep no score matrix. ``tokens`` of a step, ``rows`` whose logits are needed.
+    """
+    widest = 0
+    for layer in spec.layers:
+        if isinstance(layer.mixer, AttentionSpec):
+            # q, k, v before and after rope, and the output of attention.
+            mixer = layer.mixer
+            heads, kv_heads = mixer.num_heads / ranks, kv_heads_per_device(mixer.num_kv_heads, ranks)
+            width = 2 * (heads * mixer.head_dim + kv_heads * (mixer.head_dim + mixer.v_head_dim))
+            widest = max(widest, int(width + heads * mixer.v_head_dim))
+        mlp, used = (layer.ffn, 1) if isinstance(layer.ffn, MLPSpec) else (layer.ffn.expert, layer.ffn.top_k)
+        widest = max(widest, used * (3 if mlp.gated else 2) * mlp.intermediate_size // ranks)
+    # Residual stream, its normed copy, the sublayer's output, and one copy in flight.
+    step = tokens * (4 * spec.hidden_size + widest) * ELEMENT_SIZES[dtype]
+    return step + SAMPLER_COPIES * rows * spec.vocab_size * ELEMENT_SIZES["float32"]
+
+
+def runtime_bytes(devices: Devices) -> int:
+    """What a process holds on its device beside weights, KV and activations."""
+    if devices.kind == "cpu":
+        return CPU_RUNTIME
+    return GPU_RUNTIME + (COLLECTIVE_BUFFERS if devices.count > 1 else 0)
+
+
+def split_reasons(spec: DecoderSpec, ranks: int) -> list[str]:
+    """Why a model cannot be split over ``ranks`` devices; empty if it can."""
+    reasons = []
+    for mixer in (layer.mixer for layer in spec.layers):
+        if isinstance(mixer, AttentionSpec):
+            if mixer.num_heads % ranks:
+                reasons.append(f"{mixer.num_heads} attention heads do not divide by {ranks}")
+            if mixer.num_kv_heads % ranks and ranks % mixer.num_kv_heads:
+                reasons.append(f"{mixer.num_kv_heads} KV heads can be neither divided among {ranks} nor repeated evenly")
+    return sorted(set(reasons))
+
+
+def measure(model: PlannedModel, options: EngineOptions, devices: Devices) -> MemoryPlan:
+    """The plan without remedies.
+
+    Raises:
+        ConfigError: options contradict the model, or its heads cannot be split over that many devices.
+    """
+    spec, ranks = model.spec, devices.count
+    reasons = split_reasons(spec, ranks)
+    if reasons:
+        possible = [str(n) for n in range(1, 65) if not split_reasons(spec, n)]
+        raise ConfigError(f"-tp {ranks}: {'; '.join(reasons)}; possible are {', '.join(possible)}")
+    options = _with_default_share(options, devices)
+    facts = _model_facts(model, ranks)
+    # First what does not depend on memory: it decides what weights and activations take.
+    sized = replace(options, num_kv_blocks=options.num_kv_blocks or 1)
+    chosen = resolve(sized, facts, MachineFacts(device=devices.kind, available=0, total=devices.memory))
+    quantization = _quantization(model, options)
+    weights = weigh(model, dtype=chosen.dtype, ranks=ranks, quantization=quantization)
+    activations = activation_bytes(
+        spec, dtype=chosen.dtype, tokens=chosen.max_num_batched_tokens, rows=chosen.max_num_seqs, ranks=ranks
+    )
+    runtime = runtime_bytes(devices)
+    taken = weights.device_bytes + activations + runtime
+    machine = MachineFacts(device=devices.kind, available=devices.memory - taken, total=devices.memory)
+    element = ELEMENT_SIZES[chosen.kv_dtype]
+    kv_token = element * sum(group.elements_per_token for group in facts.groups)
+    block_bytes = chosen.block_size * kv_token
+    longest = _sequence_bytes(facts, chosen)
+    left = chosen.kv_bytes
+    if options.num_kv_blocks is None:
+        left = kv_memory(options, machine, longest * chosen.max_num_seqs)[0]
+    usable, usable_reason = _usable(options, devices)
+    # A pool has a null block, which holds nothing: two blocks are the least.
+    missing = max(0, 2 * block_bytes - left, taken + max(left, 0) - usable)
+    if not missing:
+        chosen = resolve(options, facts, machine)
+    lengths = sorted({length for length in LENGTHS if length < chosen.max_model_len} | {chosen.max_model_len})
+    return MemoryPlan(
+        model=model.name, family=spec.family, devices=devices,
+        quantization=None if quantization is None else quantization.method,
+        resolved=chosen, weights=weights, activations=activations, runtime=runtime, usable=usable,
+        usable_reason=usable_reason, kv_memory=left, kv_bytes_per_token=kv_token,
+        total_kv_bytes_per_token=element * sum(g.elements_per_token for g in _model_facts(model, 1).groups),
+        block_bytes=block_bytes, longest_sequence_bytes=longest + block_bytes,
+        tokens=0 if missing else min(chosen.num_blocks) * chosen.block_size,
+        sequences={length: 0 if missing else _sequences(facts.groups, chosen, length) for length in lengths},
+        missing=missing,
+    )  # fmt: skip
+
+
+def _with_default_share(options: EngineOptions, devices: Devices) -> EngineOptions:
+    given = (options.gpu_memory_utilization, options.kv_cache_memory, options.num_kv_blocks)
+    if devices.kind == "cpu" or any(value is not None for value in given):
+        return options
+    return replace(options, gpu_memory_utilization=DEFAULT_GPU_SHARE)
+
+
+def _model_facts(model: PlannedModel, ranks: int) -> ModelFacts:
+    groups = []
+    for group in model.spec.kv_groups:
+        heads = kv_heads_per_device(group.num_kv_heads, ranks)
+        elements = replace(group, num_kv_heads=heads).bytes_per_token(1)
+        groups.append(GroupFacts(elements_per_token=elements, window=group.window))
+    return ModelFacts(context=model.spec.max_position, dtype=model.dtype, groups=groups)
+
+
+def _quantization(model: PlannedModel, options: EngineOptions) -> Quantization | None:
+    stated = model.quantization_config
+    method = options.quantization or stated.get("quant_method")
+    return None if method is None else Quantization.of(str(method), stated)
+
+
+def _sequence_bytes(facts: ModelFacts, chosen: Resolved) -> int:
+    """KV of one sequence of ``max_model_len`` on one device."""
+    size = chosen.block_size * ELEMENT_SIZES[chosen.kv_dtype]
+    return sum(
+        blocks_per_sequence(group, chosen.block_size, chosen.max_model_len, chosen.max_num_batched_tokens)
+        * size * group.elements_per_token
+        for group in facts.groups
+    )  # fmt: skip
+
+
+def _usable(options: EngineOptions, devices: Devices) -> tuple[int, str]:
+    share = options.gpu_memory_utilization
+    if devices.kind == "cpu" or share is None or options.kv_cache_memory or options.num_kv_blocks:
+        return devices.memory, "all of it"
+    return int(share * devices.memory), f"gpu_memory_utilization={share:g}"
+
+
+def _sequences(groups: Sequence[GroupFacts], chosen: Resolved, length: int) -> int:
+    return min(
+        blocks // blocks_per_sequence(group, chosen.block_size, length, chosen.max_num_batched_tokens)
+        for blocks, group in zip(chosen.num_blocks, groups, strict=True)
+    )
