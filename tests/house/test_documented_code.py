@@ -53,7 +53,8 @@ def test_every_python_block_compiles(block: Block) -> None:
 
 
 @pytest.mark.skipif(
-    not importlib.util.find_spec("kvpage.engine.engine") or not list((ROOT / "src/kvpage/demo/checkpoint").glob("*")),
+    not importlib.util.find_spec("kvpage.engine.engine")
+    or not list((ROOT / "src/kvpage/demo/checkpoint").glob("*")),
     reason="the engine or the bundled model has not landed yet",
 )
 @pytest.mark.parametrize(

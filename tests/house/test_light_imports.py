@@ -14,7 +14,9 @@ REPORT = f"import sys; print('loaded:', *[name for name in {HEAVY!r} if name in 
 
 def loaded_by(program: str) -> str:
     """Run a program in a fresh interpreter; what it reported of the heavy modules."""
-    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60)
+    run = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60
+    )
     return run.stdout.rpartition("loaded:")[2].strip()
 
 
@@ -23,7 +25,9 @@ def test_importing_kvpage_loads_nothing_heavy() -> None:
 
 
 def test_importing_the_contracts_loads_nothing_heavy() -> None:
-    modules = "kvpage.errors, kvpage.params, kvpage.outputs, kvpage.config, kvpage.api.attention, kvpage.api.model"
+    modules = (
+        "kvpage.errors, kvpage.params, kvpage.outputs, kvpage.config, kvpage.api.attention, kvpage.api.model"
+    )
     assert loaded_by(f"import {modules}\n{REPORT}") == ""
 
 
@@ -31,7 +35,9 @@ def test_the_report_would_name_a_heavy_module() -> None:
     assert loaded_by(f"import numpy\n{REPORT}") == "numpy"
 
 
-@pytest.mark.skipif(not importlib.util.find_spec("kvpage.cli.main"), reason="the command line has not landed yet")
+@pytest.mark.skipif(
+    not importlib.util.find_spec("kvpage.cli.main"), reason="the command line has not landed yet"
+)
 def test_help_of_the_command_line_loads_nothing_heavy() -> None:
     program = "\n".join(
         (

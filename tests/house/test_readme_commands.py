@@ -33,8 +33,12 @@ def stages() -> list[str]:
 
 def test_the_readme_opens_with_a_command_that_streams_and_one_that_tests() -> None:
     streams, tests = shell_lines("README.md")[:2]
-    assert streams.startswith("python3 -m venv .venv && .venv/bin/pip install -c constraints.txt . && .venv/bin/kvpage generate ")
-    assert tests.startswith("python3 -m venv .venv && .venv/bin/pip install -c constraints.txt -e '.[test]' && ")
+    assert streams.startswith(
+        "python3 -m venv .venv && .venv/bin/pip install -c constraints.txt . && .venv/bin/kvpage generate "
+    )
+    assert tests.startswith(
+        "python3 -m venv .venv && .venv/bin/pip install -c constraints.txt -e '.[test]' && "
+    )
     assert tests.endswith(".venv/bin/pytest")
 
 
@@ -54,7 +58,10 @@ def test_every_stage_is_a_function_of_ci_and_explained_to_contributors() -> None
 
 def test_every_tool_that_ci_needs_is_pinned() -> None:
     project = tomllib.loads(text("pyproject.toml"))["project"]
-    extras = [*project["dependencies"], *(need for extra in project["optional-dependencies"].values() for need in extra)]
+    extras = [
+        *project["dependencies"],
+        *(need for extra in project["optional-dependencies"].values() for need in extra),
+    ]
     names = {re.split(r"[<>=\[ ]", need)[0].lower().replace("_", "-") for need in extras} - {"kvpage"}
     pinned = set(re.findall(r"^([a-z0-9-]+)==", text("constraints.txt"), flags=re.MULTILINE))
     assert names - pinned == set()
@@ -62,4 +69,6 @@ def test_every_tool_that_ci_needs_is_pinned() -> None:
 
 def test_nothing_names_where_packages_come_from() -> None:
     files = ("constraints.txt", "tox.ini", ".ci/run", "pyproject.toml", "README.md", "CONTRIBUTING.md")
-    assert [name for name in files if re.search(r"index-url|find-links|--index|://[\w.]*pypi", text(name))] == []
+    assert [
+        name for name in files if re.search(r"index-url|find-links|--index|://[\w.]*pypi", text(name))
+    ] == []

@@ -17,7 +17,9 @@ MAX_FUNCTION_LINES = 80
 MAX_FUNCTION_LINES_P95 = 45
 # Spelt in halves, so that this file does not hold what it forbids.
 UNFINISHED = re.compile(r"\b(" + "TO" + "DO|FIX" + "ME|XX" + "X|HA" + r"CK)\b")
-MACHINE_PATH = re.compile(r"(?<![\w.~-])/(" + "ho" + "me|wo" + "rk|ro" + "ot|Us" + r"ers|tm" + r"p/\w+)/(?!\.cache/huggingface)")
+MACHINE_PATH = re.compile(
+    r"(?<![\w.~-])/(" + "ho" + "me|wo" + "rk|ro" + "ot|Us" + r"ers|tm" + r"p/\w+)/(?!\.cache/huggingface)"
+)
 TEXT_SUFFIXES = {".py", ".md", ".toml", ".txt", ".ini", ".yml", ".json", ".cfg", ".sh", ".cpp", ".h", ".cu"}
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 
@@ -62,7 +64,9 @@ def unannotated(function: Function) -> list[str]:
 
 
 def test_no_file_is_longer_than_the_budget() -> None:
-    long = {place(path): len(path.read_text(encoding="utf-8").splitlines()) for path in python_files(CODE_FOLDERS)}
+    long = {
+        place(path): len(path.read_text(encoding="utf-8").splitlines()) for path in python_files(CODE_FOLDERS)
+    }
     assert {name: lines for name, lines in long.items() if lines > MAX_FILE_LINES} == {}
 
 
@@ -106,7 +110,9 @@ def committed_text_files() -> list[Path]:
         for path in (ROOT / folder).rglob("*")
         if path.is_file() and "__pycache__" not in path.parts
     ]
-    return sorted(path for path in (*tops, *below) if path.suffix in TEXT_SUFFIXES or path.parent.name == ".ci")
+    return sorted(
+        path for path in (*tops, *below) if path.suffix in TEXT_SUFFIXES or path.parent.name == ".ci"
+    )
 
 
 @pytest.mark.parametrize(
