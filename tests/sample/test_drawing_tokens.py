@@ -19,10 +19,10 @@ from transformers.generation.logits_process import (
 from kvpage.sample.draw import NO_TOKEN, Shaping, draw, likeliest, weights
 
 COMBINATIONS = [
-    dict(temperature=0.7), dict(top_k=1), dict(top_k=40), dict(top_k=600), dict(top_p=0.1), dict(top_p=0.95),
-    dict(top_p=0.9999), dict(min_p=0.05), dict(top_k=50, top_p=0.5), dict(top_k=5, min_p=0.3),
-    dict(temperature=0.3, top_k=100, top_p=0.9, min_p=0.01), dict(temperature=1.8, top_p=0.8, min_p=0.02),
-    dict(top_k=700, top_p=0.99),
+    {"temperature": 0.7}, {"top_k": 1}, {"top_k": 40}, {"top_k": 600}, {"top_p": 0.1}, {"top_p": 0.95},
+    {"top_p": 0.9999}, {"min_p": 0.05}, {"top_k": 50, "top_p": 0.5}, {"top_k": 5, "min_p": 0.3},
+    {"temperature": 0.3, "top_k": 100, "top_p": 0.9, "min_p": 0.01}, {"temperature": 1.8, "top_p": 0.8, "min_p": 0.02},
+    {"top_k": 700, "top_p": 0.99},
 ]
 
 
