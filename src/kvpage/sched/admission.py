@@ -1,0 +1,136 @@
+"""What may enter the queue: limits on prompts, on the pool and on the queue itself."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from kvpage.cache.manager import BlockManager
+from kvpage.errors import ConfigError, QueueFullError, RequestError
+from kvpage.sched.policy import Policy
+from kvpage.sched.sequence import Request
+
+MAX_TOKEN_ID = 2**31 - 1
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerConfig:
+    """Limits of a scheduler.
+
+    Attributes:
+        max_num_seqs: sequences that run at once (slots of the runner).
+        max_num_batched_tokens: tokens a step. Never more sequences run than this, so that each that decodes
+            gets its token in every step.
+        max_model_len: tokens of a sequence, prompt and output.
+        policy: "fcfs", "priority" or an object.
+        max_num_queued_reqs: requests that may wait beyond those that the free slots can take at once.
+        max_num_queued_tokens: prompt tokens that may wait; a single prompt may wait whatever its length.
+        long_prefill_token_threshold: most prompt tokens of one sequence a step; 0 = no such limit.
+
+    Raises:
+        ConfigError: a limit is out of range.
+    """
+
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    max_model_len: int
+    policy: str | Policy = "fcfs"
+    max_num_queued_reqs: int | None = None
+    max_num_queued_tokens: int | None = None
+    long_prefill_token_threshold: int = 0
+
+    def __post_init__(self) -> None:
+        for name, least in (("max_num_seqs", 1), ("max_num_batched_tokens", 1), ("max_model_len", 2),
+                            ("long_prefill_token_threshold", 0)):
+            if getattr(self, name) < least:
+                raise ConfigError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        for name in ("max_num_queued_reqs", "max_num_queued_tokens"):
+            value = getattr(self, name)
+            if value is not None and value < 0:
+                raise ConfigError(f"{name} must be at least 0, got {value}: leave it out for no limit")
+
+    @property
+    def num_slots(self) -> int:
+        """Sequences that can run at once; slots are 0 .. num_slots - 1."""
+        return min(self.max_num_seqs, self.max_num_batched_tokens)
+
+
+def longest_length(request: Request, config: SchedulerConfig, blocks: BlockManager) -> int:
+    """Known tokens at which each choice of ``request`` ends with "length".
+
+    Raises:
+        RequestError: the prompt is empty, malformed or too long, or a choice could not fit in the whole pool
+            even if it ran alone.
+    """
+    _check_prompt(request, config)
+    prompt = len(request.prompt_token_ids)
+    max_tokens = request.params.max_tokens
+    length = config.max_model_len
+    if max_tokens is not None:
+        length = min(length, prompt + max_tokens)
+    capacity = blocks.capacity
+    # The last token is never computed, so a sequence of n tokens needs KV for n - 1.
+    if capacity is None or length - 1 <= capacity:
+        return length
+    if max_tokens is None and prompt <= capacity:
+        return capacity + 1
+    raise _never_fits(prompt, length, capacity, blocks.block_size)
+
+
+def _check_prompt(request: Request, config: SchedulerConfig) -> None:
+    tokens = request.prompt_token_ids
+    if not len(tokens):
+        raise RequestError("the prompt is empty (0 tokens): give at least 1 token", param="prompt")
+    if len(tokens) > config.max_model_len - 1:
+        raise RequestError(
+            f"This model's maximum context length is {config.max_model_len} tokens. However, your prompt contains "
+            f"{len(tokens)} input tokens, and at least 1 output token needs room. Shorten the prompt to at most "
+            f"{config.max_model_len - 1} tokens.", param="prompt")
+    low, high = min(tokens), max(tokens)
+    if low < 0 or high > MAX_TOKEN_ID:
+        raise RequestError(f"token id {low if low < 0 else high} is out of vocabulary: ids start at 0 and are at "
+                           f"most {MAX_TOKEN_ID}", param="prompt")
+
+
+def _never_fits(prompt: int, length: int, capacity: int, block_size: int) -> RequestError:
+    needed, usable = -(-(length - 1) // block_size), capacity // block_size
+    room = capacity + 1 - prompt
+    way_out = (f"Lower max_tokens to at most {room}" if room > 0 else
+               f"Shorten the prompt to at most {capacity} tokens")
+    return RequestError(
+        f"This request can never fit in the KV cache: {prompt} prompt tokens and up to {length - prompt} new ones "
+        f"need {needed} blocks of {block_size} tokens ({length - 1} tokens of KV), and the whole pool has {usable} "
+        f"blocks ({capacity} tokens). {way_out}, or raise num_kv_blocks or kv_cache_memory.",
+        param="max_tokens" if room > 0 else "prompt")
+
+
+class QueueLimits:
+    """Counts the requests that wait for their first step, and refuses more than the limits allow."""
+
+    __slots__ = ("_max_requests", "_max_tokens", "requests", "tokens")
+
+    def __init__(self, config: SchedulerConfig) -> None:
+        self._max_requests = config.max_num_queued_reqs
+        self._max_tokens = config.max_num_queued_tokens
+        self.requests = 0
+        self.tokens = 0
+
+    def enter(self, request: Request, free_slots: int) -> None:
+        """Count ``request`` in.
+
+        Raises:
+            QueueFullError: a limit is reached.
+        """
+        if self._max_requests is not None and self.requests - free_slots >= self._max_requests:
+            raise QueueFullError(f"{self.requests} requests are waiting and max_num_queued_reqs is "
+                                 f"{self._max_requests}: try again later or raise it")
+        tokens = len(request.prompt_token_ids)
+        if self._max_tokens is not None and self.requests and self.tokens + tokens > self._max_tokens:
+            raise QueueFullError(f"{self.tokens} prompt tokens are waiting, this prompt has {tokens}, and "
+                                 f"max_num_queued_tokens is {self._max_tokens}: try again later or raise it")
+        self.requests += 1
+        self.tokens += tokens
+
+    def leave(self, request: Request) -> None:
+        """``request`` was scheduled for the first time, or ended before."""
+        self.requests -= 1
+        self.tokens -= len(request.prompt_token_ids)

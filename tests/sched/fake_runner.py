@@ -1,0 +1,149 @@
+"""A runner that keeps, instead of K and V, the tokens that a slot of a block was computed from.
+
+It applies plans exactly as ``StepPlan`` says, and before a row computes anything it compares what the row's
+blocks hold with the sequence's own tokens: a stale prefix hit, a missed copy or a wrong fork fails right there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from kvpage.cache.manager import GroupConfig
+from kvpage.outputs import Logprob, PositionLogprobs
+from kvpage.sched.plan import StepPlan, StepResult
+
+Draw = Callable[[int, int, int, list[int]], int]
+"""(seed, position, stream, known tokens) -> the next token."""
+
+
+@dataclass
+class Seat:
+    """What the runner keeps for a slot."""
+
+    token_ids: list[int]
+    prompt_length: int
+    seed: int
+    stream: int
+    wants_prompt_logprobs: bool
+    tables: list[dict[int, int]]
+
+
+@dataclass
+class FakeRunner:
+    """Executes plans over fake memory: ``memory[group][block][offset]`` = tokens up to and with that position."""
+
+    block_size: int
+    groups: Sequence[GroupConfig]
+    draw: Draw
+    max_tokens: int
+    max_slots: int
+    seats: dict[int, Seat] = field(default_factory=dict)
+    memory: list[dict[tuple[int, int], tuple[int, ...]]] = field(default_factory=list)
+    rows_seen: list[list[tuple[int, int, int]]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.memory = [{} for _ in self.groups]
+
+    def execute(self, plan: StepPlan) -> StepResult:
+        """Apply ``plan`` in the order of its fields and draw the tokens it asks for."""
+        self._seat(plan)
+        self._edit_tables(plan)
+        self._copy(plan)
+        self._check_shape(plan)
+        rows = list(zip(plan.slots, plan.starts, plan.counts, strict=True))
+        self.rows_seen.append(rows)
+        for slot, start, count in rows:  # the K/V of all rows is written before any row attends
+            self._write(slot, start, count)
+        for slot, start, count in rows:
+            self._expect_own_history(slot, start + count)
+        return self._sample(plan, rows)
+
+    def _seat(self, plan: StepPlan) -> None:
+        for slot in plan.released:
+            self.seats.pop(slot, None)
+        for admission in plan.admissions:
+            assert admission.slot not in self.seats, f"slot {admission.slot} is taken"
+            assert 0 <= admission.slot < self.max_slots
+            self.seats[admission.slot] = Seat(
+                list(admission.token_ids), admission.prompt_length, admission.seed, admission.stream,
+                admission.params.prompt_logprobs is not None and admission.stream == 0
+                and len(admission.token_ids) == admission.prompt_length,
+                [{} for _ in self.groups])
+        for fork in plan.forks:
+            assert fork.child not in self.seats, f"slot {fork.child} is taken"
+            assert 0 <= fork.child < self.max_slots
+            parent = self.seats[fork.parent]
+            self.seats[fork.child] = Seat(
+                list(parent.token_ids), parent.prompt_length, parent.seed, fork.stream, False,
+                [{} for _ in self.groups])
+
+    def _edit_tables(self, plan: StepPlan) -> None:
+        edits = zip(plan.table_slots, plan.table_groups, plan.table_indices, plan.table_blocks, strict=True)
+        for slot, group, index, block in edits:
+            assert 0 <= block < self.groups[group].num_blocks
+            self.seats[slot].tables[group][index] = block
+
+    def _copy(self, plan: StepPlan) -> None:
+        targets = {(copy.group, copy.target) for copy in plan.copies}
+        sources = {(copy.group, copy.source) for copy in plan.copies}
+        assert not targets & sources, "copies of one step must not depend on each other"
+        assert len(targets) == len(plan.copies), "two copies to one block"
+        for copy in plan.copies:
+            memory = self.memory[copy.group]
+            for offset in range(self.block_size):
+                content = memory.get((copy.source, offset))
+                if content is not None:
+                    memory[copy.target, offset] = content
+
+    def _check_shape(self, plan: StepPlan) -> None:
+        assert len(set(plan.slots)) == len(plan.slots), "a slot has two rows"
+        assert plan.num_tokens == sum(plan.counts) <= self.max_tokens
+        assert all(count == 1 for count in plan.counts[: plan.num_short])
+        assert all(count > 1 for count in plan.counts[plan.num_short :])
+        assert len(plan.num_logits) == len(plan.counts)
+
+    def _write(self, slot: int, start: int, count: int) -> None:
+        seat = self.seats[slot]
+        for group, config in enumerate(self.groups):
+            for position in range(start, start + count):
+                index, offset = divmod(position, self.block_size)
+                block = seat.tables[group].get(index, 0)
+                assert block, f"{config.kind} group: position {position} has no block"
+                place = (block, offset)
+                self.memory[group][place] = tuple(seat.token_ids[: position + 1])
+
+    def _expect_own_history(self, slot: int, end: int) -> None:
+        seat = self.seats[slot]
+        assert end <= len(seat.token_ids)
+        start = next(s for s_slot, s, _ in self.rows_seen[-1] if s_slot == slot)
+        for group, config in enumerate(self.groups):
+            first = 0 if config.window is None else max(0, start - config.window + 1)
+            for position in range(first, end):
+                index, offset = divmod(position, self.block_size)
+                block = seat.tables[group].get(index, 0)
+                assert block, f"{config.kind} group: position {position} has no block"
+                found = self.memory[group].get((block, offset))
+                wanted = tuple(seat.token_ids[: position + 1])
+                assert found == wanted, f"slot {slot}, position {position}: {found} instead of {wanted}"
+
+    def _sample(self, plan: StepPlan, rows: list[tuple[int, int, int]]) -> StepResult:
+        ends = {}
+        prompt_logprobs: dict[int, list[PositionLogprobs]] = {}
+        for row, (slot, start, count) in enumerate(rows):
+            seat = self.seats[slot]
+            ends[row] = start + count
+            if seat.wants_prompt_logprobs and start < seat.prompt_length:
+                assert plan.num_logits[row] == count
+                tokens = seat.token_ids[start + 1 : min(start + count + 1, seat.prompt_length)]
+                prompt_logprobs[row] = [{token: Logprob(-1.0, 1)} for token in tokens]
+            else:
+                assert plan.num_logits[row] == (row in plan.sample_rows)
+        drawn = []
+        for row, slot in zip(plan.sample_rows, plan.sample_slots, strict=True):
+            seat = self.seats[slot]
+            assert ends[row] == len(seat.token_ids), "a token is drawn before all known ones are computed"
+            drawn.append(self.draw(seat.seed, len(seat.token_ids), seat.stream, seat.token_ids))
+        for slot, token in zip(plan.sample_slots, drawn, strict=True):
+            self.seats[slot].token_ids.append(token)
+        return StepResult(drawn, prompt_logprobs=prompt_logprobs)
