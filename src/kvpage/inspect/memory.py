@@ -164,7 +164,9 @@ def split_reasons(spec: DecoderSpec, ranks: int) -> list[str]:
             if mixer.num_heads % ranks:
                 reasons.append(f"{mixer.num_heads} attention heads do not divide by {ranks}")
             if mixer.num_kv_heads % ranks and ranks % mixer.num_kv_heads:
-                reasons.append(f"{mixer.num_kv_heads} KV heads can be neither divided among {ranks} nor repeated evenly")
+                reasons.append(
+                    f"{mixer.num_kv_heads} KV heads can be neither divided among {ranks} nor repeated evenly"
+                )
     return sorted(set(reasons))
 
 

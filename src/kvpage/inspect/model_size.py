@@ -67,7 +67,9 @@ class Quantization:
         """
         if method not in QUANTIZED_BITS:
             known = ", ".join(sorted(QUANTIZED_BITS))
-            raise ConfigError(f"quantization={method!r}: its size is not known to the plan; known are {known}")
+            raise ConfigError(
+                f"quantization={method!r}: its size is not known to the plan; known are {known}"
+            )
         bits = int(stated.get("bits") or stated.get("w_bit") or QUANTIZED_BITS[method])
         group = int(stated.get("group_size") or stated.get("q_group_size") or 128)
         if method not in {"awq", "gptq"} or group < 1:
@@ -128,7 +130,9 @@ def parameters_of(spec: DecoderSpec) -> Iterator[Parameter]:
         for place in ("mixer_norm_before", "mixer_norm_after", "ffn_norm_before", "ffn_norm_after"):
             yield from _norm(prefix + place, getattr(layer, place), hidden)
         if not isinstance(layer.mixer, AttentionSpec):
-            raise ConfigError(f"layer {index} mixes tokens by {type(layer.mixer).__name__}, which a plan cannot size")
+            raise ConfigError(
+                f"layer {index} mixes tokens by {type(layer.mixer).__name__}, which a plan cannot size"
+            )
         yield from _attention(prefix + "attention.", layer.mixer, hidden)
         if isinstance(layer.ffn, MLPSpec):
             yield from _mlp(prefix + "mlp.", "mlp", layer.ffn, hidden)
@@ -222,12 +226,19 @@ def _attention(prefix: str, spec: AttentionSpec, hidden: int) -> Iterator[Parame
         ("v", spec.num_kv_heads * spec.v_head_dim, "kv"),
     )
     for name, width, sharding in widths:
-        yield Parameter(name=f"{prefix}{name}.weight", part="attention", count=hidden * width, sharding=sharding,
-                        linear=True)
+        yield Parameter(
+            name=f"{prefix}{name}.weight",
+            part="attention",
+            count=hidden * width,
+            sharding=sharding,
+            linear=True,
+        )
         if spec.qkv_bias:
             yield Parameter(name=f"{prefix}{name}.bias", part="attention", count=width, sharding=sharding)
     width = spec.num_heads * spec.v_head_dim
-    yield Parameter(name=f"{prefix}out.weight", part="attention", count=hidden * width, sharding="split", linear=True)
+    yield Parameter(
+        name=f"{prefix}out.weight", part="attention", count=hidden * width, sharding="split", linear=True
+    )
     if spec.out_bias:
         yield Parameter(name=f"{prefix}out.bias", part="attention", count=hidden, sharding="replicated")
     if spec.qk_norm is not None:
@@ -240,22 +251,35 @@ def _attention(prefix: str, spec: AttentionSpec, hidden: int) -> Iterator[Parame
 
 def _mlp(prefix: str, part: Part, spec: MLPSpec, hidden: int) -> Iterator[Parameter]:
     for name in ("gate", "up", "down") if spec.gated else ("up", "down"):
-        yield Parameter(name=f"{prefix}{name}.weight", part=part, count=hidden * spec.intermediate_size,
-                        sharding="split", linear=True)
+        yield Parameter(
+            name=f"{prefix}{name}.weight",
+            part=part,
+            count=hidden * spec.intermediate_size,
+            sharding="split",
+            linear=True,
+        )
         if spec.bias:
             down = name == "down"
-            yield Parameter(name=f"{prefix}{name}.bias", part=part, count=hidden if down else spec.intermediate_size,
-                            sharding="replicated" if down else "split")
+            yield Parameter(
+                name=f"{prefix}{name}.bias",
+                part=part,
+                count=hidden if down else spec.intermediate_size,
+                sharding="replicated" if down else "split",
+            )
 
 
 def _moe(prefix: str, spec: MoESpec, hidden: int) -> Iterator[Parameter]:
-    yield Parameter(name=f"{prefix}router.weight", part="moe", count=spec.num_experts * hidden, sharding="replicated")
+    yield Parameter(
+        name=f"{prefix}router.weight", part="moe", count=spec.num_experts * hidden, sharding="replicated"
+    )
     for expert in range(spec.num_experts):
         yield from _mlp(f"{prefix}experts.{expert}.", "moe", spec.expert, hidden)
     if spec.shared is not None:
         yield from _mlp(f"{prefix}shared.", "moe", spec.shared, hidden)
         if spec.shared_gate:
-            yield Parameter(name=f"{prefix}shared_gate.weight", part="moe", count=hidden, sharding="replicated")
+            yield Parameter(
+                name=f"{prefix}shared_gate.weight", part="moe", count=hidden, sharding="replicated"
+            )
 
 
 def _share(sharding: Sharding, spec: DecoderSpec, ranks: int) -> float:
@@ -275,7 +299,9 @@ def _by_module(stored: Mapping[str, StoredTensor]) -> dict[str, int]:
     return sizes
 
 
-def _stored_bytes(model: PlannedModel, packed: Mapping[str, int], parameter: Parameter, element: int) -> int | None:
+def _stored_bytes(
+    model: PlannedModel, packed: Mapping[str, int], parameter: Parameter, element: int
+) -> int | None:
     """Bytes of a parameter by the file headers; ``None`` where they do not have it."""
     place = model.weights.get(parameter.name)
     if place is None:

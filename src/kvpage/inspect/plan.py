@@ -50,7 +50,9 @@ class _Change:
     devices: Mapping[str, Any] = field(default_factory=dict)
 
 
-def _remedies(model: PlannedModel, options: EngineOptions, devices: Devices, plan: MemoryPlan) -> list[Remedy]:
+def _remedies(
+    model: PlannedModel, options: EngineOptions, devices: Devices, plan: MemoryPlan
+) -> list[Remedy]:
     """The least change of each kind that works by itself: of the engine's flags, then of the hardware.
 
     Where no flag is enough alone, the least pairs of flags; at last any pair.
@@ -60,8 +62,12 @@ def _remedies(model: PlannedModel, options: EngineOptions, devices: Devices, pla
         for changes in candidates:
             trial = measure(
                 model,
-                replace(options, **{name: value for change in changes for name, value in change.options.items()}),
-                replace(devices, **{name: value for change in changes for name, value in change.devices.items()}),
+                replace(
+                    options, **{name: value for change in changes for name, value in change.options.items()}
+                ),
+                replace(
+                    devices, **{name: value for change in changes for name, value in change.devices.items()}
+                ),
             )
             if trial.holds_longest:
                 return Remedy(flags=" ".join(change.flag for change in changes), effect=_effect(trial))
@@ -121,5 +127,7 @@ def _hardware_changes(spec: DecoderSpec, devices: Devices) -> list[list[_Change]
 
 def _effect(plan: MemoryPlan) -> str:
     longest = plan.resolved.max_model_len
-    return (f"weights {readable_bytes(plan.weights.total_bytes)}, {readable_bytes(plan.total_kv_memory)} for KV: "
-            f"{plan.sequences[longest]} of {longest:,} tokens at once")
+    return (
+        f"weights {readable_bytes(plan.weights.total_bytes)}, {readable_bytes(plan.total_kv_memory)} for KV: "
+        f"{plan.sequences[longest]} of {longest:,} tokens at once"
+    )

@@ -49,8 +49,10 @@ def _title(plan: MemoryPlan) -> Iterator[str]:
     elif plan.weights.device_bytes >= plan.usable:
         lacking = readable_bytes(plan.weights.total_bytes - plan.total_usable)
         total = readable_bytes(plan.missing * devices.count)
-        yield (f"cannot load: the weights alone take {readable_bytes(plan.weights.total_bytes)}, {lacking} more than "
-               f"may be used; {total} are missing with activations, runtime and the smallest KV pool")
+        yield (
+            f"cannot load: the weights alone take {readable_bytes(plan.weights.total_bytes)}, {lacking} more than "
+            f"may be used; {total} are missing with activations, runtime and the smallest KV pool"
+        )
     else:
         yield f"does not fit: {readable_bytes(plan.missing * devices.count)} are missing"
 
@@ -66,33 +68,58 @@ def _sums(plan: MemoryPlan) -> Iterator[str]:
     if count > 1:
         yield " " * LABEL_WIDTH + "".join(f"{head:>{COLUMN_WIDTH}}" for head in heads)
     yield row("may be used", plan.usable, plan.total_usable)
-    yield row("weights", plan.weights.device_bytes, plan.weights.total_bytes,
-              why="from the config" if plan.weights.estimated else "from the files' headers")
+    yield row(
+        "weights",
+        plan.weights.device_bytes,
+        plan.weights.total_bytes,
+        why="from the config" if plan.weights.estimated else "from the files' headers",
+    )
     for part, size in plan.weights.total.items():
         yield row(f"  {part}", plan.weights.per_device[part], size)
     chosen = plan.resolved
-    yield row("activations, at most", plan.activations, plan.activations * count,
-              why=f"{chosen.max_num_batched_tokens} tokens a step, {chosen.max_num_seqs} sequences")
-    yield row("runtime", plan.runtime, plan.runtime * count,
-              why="interpreter, torch" if plan.devices.kind == "cpu" else "context, libraries, graphs")
-    yield row("left for KV", plan.kv_memory, plan.total_kv_memory, why=chosen.reasons["kv_memory"] if plan.fits else "")
+    yield row(
+        "activations, at most",
+        plan.activations,
+        plan.activations * count,
+        why=f"{chosen.max_num_batched_tokens} tokens a step, {chosen.max_num_seqs} sequences",
+    )
+    yield row(
+        "runtime",
+        plan.runtime,
+        plan.runtime * count,
+        why="interpreter, torch" if plan.devices.kind == "cpu" else "context, libraries, graphs",
+    )
+    yield row(
+        "left for KV",
+        plan.kv_memory,
+        plan.total_kv_memory,
+        why=chosen.reasons["kv_memory"] if plan.fits else "",
+    )
     if count > 1 or plan.devices.kind != "cpu":
         rough = plan.total_usable - plan.weights.total_bytes
-        yield (f"(counting weights only, as rules of thumb do: {readable_bytes(plan.total_usable)} - "
-               f"{readable_bytes(plan.weights.total_bytes)} = {readable_bytes(rough)})")
+        yield (
+            f"(counting weights only, as rules of thumb do: {readable_bytes(plan.total_usable)} - "
+            f"{readable_bytes(plan.weights.total_bytes)} = {readable_bytes(rough)})"
+        )
 
 
 def _pool(plan: MemoryPlan) -> Iterator[str]:
     chosen, count = plan.resolved, plan.devices.count
     each = f" ({plan.kv_bytes_per_token:,} on each device)" if count > 1 else ""
-    yield (f"KV cache: {plan.total_kv_bytes_per_token:,} bytes a token in {chosen.kv_dtype}{each}; "
-           f"a block of {chosen.block_size} tokens takes {readable_bytes(plan.block_bytes)}{' a device' if each else ''}")
+    yield (
+        f"KV cache: {plan.total_kv_bytes_per_token:,} bytes a token in {chosen.kv_dtype}{each}; "
+        f"a block of {chosen.block_size} tokens takes {readable_bytes(plan.block_bytes)}{' a device' if each else ''}"
+    )
     if plan.fits:
         blocks = " + ".join(f"{number:,}" for number in chosen.num_blocks)
         yield f"{blocks} blocks = {plan.tokens:,} tokens at once:"
         for length, number in plan.sequences.items():
             longest = "  (max_model_len)" if length == chosen.max_model_len else ""
-            capped = f", but max_num_seqs={chosen.max_num_seqs} run at once" if number > chosen.max_num_seqs else ""
+            capped = (
+                f", but max_num_seqs={chosen.max_num_seqs} run at once"
+                if number > chosen.max_num_seqs
+                else ""
+            )
             yield f"{number:>10,} sequences of {length:,} tokens{longest}{capped}"
         for note in chosen.notes:
             yield f"note: {note}"
@@ -105,7 +132,11 @@ def _remedies(plan: MemoryPlan) -> Iterator[str]:
     if not plan.remedies:
         yield "No flag, nor two together, make it fit: choose a smaller model or larger devices."
         return
-    yield "what to turn (each line alone is enough):" if not plan.fits else "to serve sequences of max_model_len:"
+    yield (
+        "what to turn (each line alone is enough):"
+        if not plan.fits
+        else "to serve sequences of max_model_len:"
+    )
     width = max(len(remedy.flags) for remedy in plan.remedies)
     for remedy in plan.remedies:
         yield f"  {remedy.flags:<{width}}   {remedy.effect}"

@@ -1,0 +1,95 @@
+"""Flags made from the fields of an options class: name, type and default from the field, help from its docstring.
+
+A flag that is not typed leaves no value behind, so that the class's own defaults stay the only ones.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import Field, fields
+from typing import Any
+
+from kvpage.cli.parser import CommandParser, human_integer
+
+Shorts = Mapping[str, tuple[str, ...]]
+"""Field name -> further spellings of its flag."""
+
+
+def add_flags(
+    parser: CommandParser,
+    options: type[Any],
+    *,
+    title: str,
+    skip: Collection[str] = (),
+    aliases: Shorts | None = None,
+) -> None:
+    """One flag for each field of the dataclass ``options`` that is not in ``skip``."""
+    group = parser.add_argument_group(title)
+    texts = field_help(options)
+    for field in fields(options):
+        if field.name not in skip:
+            spellings = ("--" + field.name.replace("_", "-"), *(aliases or {}).get(field.name, ()))
+            group.add_argument(*spellings, dest=field.name, default=argparse.SUPPRESS,
+                               **_shape(field, texts.get(field.name, "")))  # fmt: skip
+
+
+def given(namespace: argparse.Namespace, options: type[Any], *, skip: Collection[str] = ()) -> dict[str, Any]:
+    """The fields of ``options`` whose flags were typed."""
+    values = vars(namespace)
+    return {f.name: values[f.name] for f in fields(options) if f.name in values and f.name not in skip}
+
+
+def field_help(options: type[Any]) -> dict[str, str]:
+    """Field name -> its text in the "Attributes:" section of the class's docstring."""
+    section = (options.__doc__ or "").partition("Attributes:")[2].partition("Raises:")[0]
+    text = " ".join(section.split())
+    names = "|".join(sorted((field.name for field in fields(options)), key=len, reverse=True))
+    marks = list(re.finditer(rf"(?:^|(?<=[.,] )|(?<=, or ))((?:{names})(?:, (?:{names}))*): ", text))
+    found: dict[str, str] = {}
+    for mark, following in zip(marks, [*marks[1:], None], strict=True):
+        end = following.start() if following else len(text)
+        body = text[mark.end() : end].strip().removesuffix(", or").rstrip(".,").replace("``", "")
+        for name in mark[1].split(", "):
+            found[name] = body
+    return found
+
+
+def _shape(field: Field[Any], text: str) -> dict[str, Any]:
+    """argparse keywords for a field, by its annotation (which ``__future__`` keeps as text)."""
+    kind = str(field.type)
+    text = text.replace("%", "%%")
+    if kind == "bool":
+        state = "on" if field.default else "off"
+        return {"action": argparse.BooleanOptionalAction, "help": f"{text} [{state}]"}
+    default = (
+        "" if field.default in (None, (), "") or callable(field.default_factory) else f" [{field.default}]"
+    )
+    shape: dict[str, Any] = {"help": text + default, "metavar": "TEXT"}
+    if "Sequence[str]" in kind:
+        return {**shape, "action": "append"}
+    if "Sequence[int]" in kind:
+        return {**shape, "nargs": "+", "type": int, "metavar": "ID"}
+    if "Mapping" in kind:
+        return {**shape, "type": _json_object, "metavar": "JSON"}
+    if kind in ("int", "int | None"):
+        return {**shape, "type": _length if "len" in field.name else human_integer, "metavar": "N"}
+    if kind in ("float", "float | None"):
+        return {**shape, "type": float, "metavar": "X"}
+    return shape
+
+
+def _length(text: str) -> int | None:
+    return None if text in ("auto", "-1") else human_integer(text)
+
+
+def _json_object(text: str) -> dict[Any, Any]:
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a JSON object such as '{{\"50256\": -100}}'")
+    return {int(key) if key.lstrip("-").isdigit() else key: entry for key, entry in value.items()}

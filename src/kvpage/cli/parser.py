@@ -1,0 +1,80 @@
+"""The argument parser of every command: forgiving about how a flag is typed, clear about what is wrong."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import re
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+from kvpage.errors import KvpageError
+
+DASHES = {"\u2013": "an en dash", "\u2014": "an em dash", "\u2212": "a minus sign"}
+FLAG_WITH_DASH = re.compile(r"[-\u2013\u2014\u2212]{1,2}[A-Za-z][\w\u2013\u2014\u2212-]*(=.*)?", re.DOTALL)
+HUMAN_INTEGER = re.compile(r"(-?\d+(?:\.\d+)?)([kKmMgG]?)")
+MULTIPLIERS = {"": 1, "k": 10**3, "K": 2**10, "m": 10**6, "M": 2**20, "g": 10**9, "G": 2**30}
+
+
+class UsageError(KvpageError):
+    """The command line makes no sense; the message names the flag and the way out."""
+
+
+class CommandParser(argparse.ArgumentParser):
+    """argparse, but ``_`` and ``-`` are the same in flags, abbreviations are not guessed, and errors are typed.
+
+    Raises:
+        UsageError: from ``parse_args``, in place of argparse's exit.
+    """
+
+    def __init__(self, prog: str, description: str, **options: Any) -> None:
+        options.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
+        super().__init__(prog=prog, description=description, allow_abbrev=False, **options)
+
+    def parse_arguments(self, arguments: Sequence[str]) -> argparse.Namespace:
+        """Parse; unknown flags are refused with the nearest known one."""
+        namespace, unknown = self.parse_known_args([normalise(argument) for argument in arguments])
+        if unknown:
+            self.error(self._unknown(unknown[0]))
+        return namespace
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{self.prog}: {message} (see {self.prog} --help)")
+
+    def _unknown(self, argument: str) -> str:
+        flag = argument.partition("=")[0]
+        if not flag.startswith("-"):
+            return f"unexpected argument {argument!r}; put quotes around text with spaces"
+        near = difflib.get_close_matches(flag, [*self._option_string_actions], n=1, cutoff=0.7)
+        return f"unknown flag {flag}" + (f"; did you mean {near[0]}?" if near else "")
+
+
+def normalise(argument: str) -> str:
+    """A flag as it is declared: hyphens for underscores.
+
+    Raises:
+        UsageError: a flag was typed with a typographic dash, as text copied from a web page has it.
+    """
+    if not FLAG_WITH_DASH.fullmatch(argument):
+        return argument
+    flag, equals, value = argument.partition("=")
+    for dash, name in DASHES.items():
+        if dash in flag:
+            plain = "--" + re.sub("[\u2013\u2014\u2212]", "-", flag).lstrip("-")
+            raise UsageError(f"you typed {name} ({dash}) in {flag!r}: type hyphens instead, {plain}")
+    if flag.startswith("--"):
+        flag = flag.replace("_", "-")
+    return flag + equals + value
+
+
+def human_integer(text: str) -> int:
+    """An integer, "1k" = 1000, "1K" = 1024, and m, M, g, G alike."""
+    match = HUMAN_INTEGER.fullmatch(text.strip())
+    if match is None:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a whole number such as 4096, 4k (4000) or 4K (4096)"
+        )
+    value = float(match[1]) * MULTIPLIERS[match[2]]
+    if value != int(value):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number")
+    return int(value)
