@@ -6,12 +6,14 @@ Pure arithmetic: nothing is loaded, and nothing but the standard library is need
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
-from kvpage.api.model import AttentionSpec, DecoderSpec, MLPSpec, MoESpec, NormSpec, WeightMap
+from kvpage.api.model import DecoderSpec, WeightMap
+from kvpage.api.parameters import Parameter, parameters
 from kvpage.config import ELEMENT_SIZES
 from kvpage.errors import CheckpointError, ConfigError
 
@@ -26,20 +28,6 @@ FLOATING = frozenset({"F64", "F32", "F16", "BF16"})
 
 HEADER_LIMIT = 100_000_000
 """Longest safetensors header that is read; the format's own limit."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Parameter:
-    """One weight of the model under kvpage's name for it (``kvpage.api.model.WeightMap``).
-
-    ``linear``: a matrix that quantization formats pack.
-    """
-
-    name: str
-    part: Part
-    count: int
-    sharding: Sharding
-    linear: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -114,60 +102,31 @@ class PlannedModel:
     quantization_config: Mapping[str, Any] = field(default_factory=dict)
 
 
-def parameters_of(spec: DecoderSpec) -> Iterator[Parameter]:
-    """Every weight of a model.
-
-    Raises:
-        ConfigError: a layer's token mixer is a plugin's own, whose weights only its module knows.
-    """
-    hidden = spec.hidden_size
-    yield Parameter(name="embed.weight", part="embedding", count=spec.vocab_size * hidden, sharding="split")
-    if spec.embedding.positions is not None:
-        rows = spec.embedding.positions + spec.embedding.position_offset
-        yield Parameter(name="positions.weight", part="embedding", count=rows * hidden, sharding="replicated")
-    for index, layer in enumerate(spec.layers):
-        prefix = f"layers.{index}."
-        for place in ("mixer_norm_before", "mixer_norm_after", "ffn_norm_before", "ffn_norm_after"):
-            yield from _norm(prefix + place, getattr(layer, place), hidden)
-        if not isinstance(layer.mixer, AttentionSpec):
-            raise ConfigError(
-                f"layer {index} mixes tokens by {type(layer.mixer).__name__}, which a plan cannot size"
-            )
-        yield from _attention(prefix + "attention.", layer.mixer, hidden)
-        if isinstance(layer.ffn, MLPSpec):
-            yield from _mlp(prefix + "mlp.", "mlp", layer.ffn, hidden)
-        else:
-            yield from _moe(prefix + "moe.", layer.ffn, hidden)
-    yield from _norm("final_norm", spec.final_norm, hidden)
-    if not spec.head.tied:
-        yield Parameter(name="head.weight", part="head", count=spec.vocab_size * hidden, sharding="split")
-    if spec.head.bias:
-        yield Parameter(name="head.bias", part="head", count=spec.vocab_size, sharding="split")
-
-
 def weigh(model: PlannedModel, *, dtype: str, ranks: int, quantization: Quantization | None) -> WeightSizes:
     """Bytes of the weights once loaded as ``dtype`` on ``ranks`` devices.
 
     A tensor found in the file headers counts with its real size (floating ones converted to ``dtype``);
     any other as its spec says, packed as ``quantization`` says.
     """
-    packed = _by_module(model.stored)
+    modules = _by_module(model.stored)
     element = ELEMENT_SIZES[dtype]
     total: dict[Part, int] = dict.fromkeys(PARTS, 0)
     device: dict[Part, int] = dict.fromkeys(PARTS, 0)
-    parameters = found = seen = 0
-    for parameter in parameters_of(model.spec):
-        nbytes = _stored_bytes(model, packed, parameter, element)
+    count = found = seen = 0
+    for parameter in parameters(model.spec):
+        elements = math.prod(parameter.shape)
+        nbytes = _stored_bytes(model, modules, parameter, elements, element)
         seen += 1
         found += nbytes is not None
         if nbytes is None:
-            bits = quantization.bits if quantization is not None and parameter.linear else 8 * element
-            nbytes = int(parameter.count * bits / 8)
-        parameters += parameter.count
-        total[parameter.part] += nbytes
-        device[parameter.part] += -int(-nbytes * _share(parameter.sharding, model.spec, ranks) // 1)
+            bits = quantization.bits if quantization is not None and _is_packed(parameter) else 8 * element
+            nbytes = int(elements * bits / 8)
+        count += elements
+        part = _part(parameter)
+        total[part] += nbytes
+        device[part] += math.ceil(nbytes * _share(_sharding(parameter), model.spec, ranks))
     return WeightSizes(
-        parameters=parameters,
+        parameters=count,
         total={part: size for part, size in total.items() if size},
         per_device={part: size for part, size in device.items() if size},
         estimated=found < seen,
@@ -188,9 +147,7 @@ def read_headers(folder: Path) -> dict[str, StoredTensor]:
     tensors: dict[str, StoredTensor] = {}
     for path in sorted(folder.glob("*.safetensors")):
         for name, entry in _header(path).items():
-            count = 1
-            for size in entry["shape"]:
-                count *= size
+            count = math.prod(entry["shape"])
             start, stop = entry["data_offsets"]
             tensors[name] = StoredTensor(dtype=entry["dtype"], count=count, nbytes=stop - start)
     return tensors
@@ -212,74 +169,35 @@ def _header(path: Path) -> dict[str, Any]:
     return dict(entries)
 
 
-def _norm(name: str, norm: NormSpec | None, size: int) -> Iterator[Parameter]:
-    if norm is not None:
-        yield Parameter(name=f"{name}.weight", part="norms", count=size, sharding="replicated")
-        if norm.bias:
-            yield Parameter(name=f"{name}.bias", part="norms", count=size, sharding="replicated")
+def _part(parameter: Parameter) -> Part:
+    name = parameter.name
+    if parameter.kind == "norm" or "_norm" in name:
+        return "norms"
+    if name.startswith(("embed.", "positions.")):
+        return "embedding"
+    if name.startswith("head."):
+        return "head"
+    return "moe" if ".moe." in name else "mlp" if ".mlp." in name else "attention"
 
 
-def _attention(prefix: str, spec: AttentionSpec, hidden: int) -> Iterator[Parameter]:
-    widths: tuple[tuple[str, int, Sharding], ...] = (
-        ("q", spec.num_heads * spec.head_dim, "split"),
-        ("k", spec.num_kv_heads * spec.head_dim, "kv"),
-        ("v", spec.num_kv_heads * spec.v_head_dim, "kv"),
+def _sharding(parameter: Parameter) -> Sharding:
+    name = parameter.name
+    added_once = name.endswith((".out.bias", ".down.bias")) or parameter.kind == "norm" or "_norm" in name
+    whole = (
+        name.startswith("positions.") or ".mixer." in name or ".router." in name or ".shared_gate." in name
     )
-    for name, width, sharding in widths:
-        yield Parameter(
-            name=f"{prefix}{name}.weight",
-            part="attention",
-            count=hidden * width,
-            sharding=sharding,
-            linear=True,
-        )
-        if spec.qkv_bias:
-            yield Parameter(name=f"{prefix}{name}.bias", part="attention", count=width, sharding=sharding)
-    width = spec.num_heads * spec.v_head_dim
-    yield Parameter(
-        name=f"{prefix}out.weight", part="attention", count=hidden * width, sharding="split", linear=True
+    if added_once or whole:
+        return "replicated"
+    return "kv" if ".attention.k." in name or ".attention.v." in name else "split"
+
+
+def _is_packed(parameter: Parameter) -> bool:
+    """Whether quantization formats pack it: the linear layers inside decoder layers, but routers."""
+    return (
+        parameter.kind == "linear"
+        and parameter.name.startswith("layers.")
+        and _sharding(parameter) != "replicated"
     )
-    if spec.out_bias:
-        yield Parameter(name=f"{prefix}out.bias", part="attention", count=hidden, sharding="replicated")
-    if spec.qk_norm is not None:
-        for name, heads in (("q_norm", spec.num_heads), ("k_norm", spec.num_kv_heads)):
-            count = spec.head_dim * (heads if spec.qk_norm.over == "all" else 1)
-            yield Parameter(name=f"{prefix}{name}.weight", part="norms", count=count, sharding="replicated")
-    if spec.sinks:
-        yield Parameter(name=f"{prefix}sinks", part="attention", count=spec.num_heads, sharding="split")
-
-
-def _mlp(prefix: str, part: Part, spec: MLPSpec, hidden: int) -> Iterator[Parameter]:
-    for name in ("gate", "up", "down") if spec.gated else ("up", "down"):
-        yield Parameter(
-            name=f"{prefix}{name}.weight",
-            part=part,
-            count=hidden * spec.intermediate_size,
-            sharding="split",
-            linear=True,
-        )
-        if spec.bias:
-            down = name == "down"
-            yield Parameter(
-                name=f"{prefix}{name}.bias",
-                part=part,
-                count=hidden if down else spec.intermediate_size,
-                sharding="replicated" if down else "split",
-            )
-
-
-def _moe(prefix: str, spec: MoESpec, hidden: int) -> Iterator[Parameter]:
-    yield Parameter(
-        name=f"{prefix}router.weight", part="moe", count=spec.num_experts * hidden, sharding="replicated"
-    )
-    for expert in range(spec.num_experts):
-        yield from _mlp(f"{prefix}experts.{expert}.", "moe", spec.expert, hidden)
-    if spec.shared is not None:
-        yield from _mlp(f"{prefix}shared.", "moe", spec.shared, hidden)
-        if spec.shared_gate:
-            yield Parameter(
-                name=f"{prefix}shared_gate.weight", part="moe", count=hidden, sharding="replicated"
-            )
 
 
 def _share(sharding: Sharding, spec: DecoderSpec, ranks: int) -> float:
@@ -300,7 +218,7 @@ def _by_module(stored: Mapping[str, StoredTensor]) -> dict[str, int]:
 
 
 def _stored_bytes(
-    model: PlannedModel, packed: Mapping[str, int], parameter: Parameter, element: int
+    model: PlannedModel, modules: Mapping[str, int], parameter: Parameter, elements: int, element: int
 ) -> int | None:
     """Bytes of a parameter by the file headers; ``None`` where they do not have it."""
     place = model.weights.get(parameter.name)
@@ -308,7 +226,7 @@ def _stored_bytes(
         return None
     tensor = model.stored.get(place.name)
     if tensor is None:
-        return packed.get(place.name.removesuffix(".weight")) if parameter.linear else None
+        return modules.get(place.name.removesuffix(".weight")) if _is_packed(parameter) else None
     if tensor.dtype in FLOATING:
-        return parameter.count * element
-    return tensor.nbytes * parameter.count // max(1, tensor.count)
+        return elements * element
+    return tensor.nbytes * elements // max(1, tensor.count)
