@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -29,7 +29,7 @@ class KVStore:
     Args:
         spec: the model. backend: the chosen backend class. env: makes the AttentionEnv of (group index).
         allocate: (shape, torch dtype) -> zeroed tensor of the engine's own memory.
-        ropes: rotary tables by RopeSpec.
+        rope: builds the rotary tables of a RopeSpec.
     """
 
     def __init__(
@@ -42,7 +42,16 @@ class KVStore:
         rope: Callable[[RopeSpec], Rope],
     ) -> None:
         self.groups: list[GroupRuntime] = []
-        ropes: dict[int, Rope] = {}
+        built: list[tuple[RopeSpec, Rope]] = []
+
+        def tables(wanted: RopeSpec) -> Rope:
+            """Equal specs share one table."""
+            for known, table in built:
+                if known == wanted:
+                    return table
+            built.append((wanted, rope(wanted)))
+            return built[-1][1]
+
         mixers = {(m.kv_group, m.kv_index): m for m in _attention_layers(spec)}
         for index, group in enumerate(spec.kv_groups):
             runtime = GroupRuntime(backend(env(index)), [], [], [])
@@ -50,13 +59,11 @@ class KVStore:
             dtype = getattr(torch, layout.dtype)
             for position in range(len(group.layers)):
                 mixer = mixers[index, position]
-                if mixer.rope is not None and id(mixer.rope) not in ropes:
-                    ropes[id(mixer.rope)] = _shared(ropes, spec, mixer.rope) or rope(mixer.rope)
                 runtime.tensors.append(allocate(layout.shape, dtype))
                 runtime.layers.append(
                     AttentionLayer(index=position, scale=mixer.scale, window=mixer.window, softcap=mixer.softcap)
                 )
-                runtime.ropes.append(None if mixer.rope is None else ropes[id(mixer.rope)])
+                runtime.ropes.append(None if mixer.rope is None else tables(mixer.rope))
             self.groups.append(runtime)
 
     def copy_blocks(self, copies: Sequence[BlockCopy]) -> None:
@@ -112,11 +119,3 @@ def _attention_layers(spec: DecoderSpec) -> list[AttentionSpec]:
         other = next(type(m).__name__ for m in mixers if not isinstance(m, AttentionSpec))
         raise CheckpointError(f"{spec.family}: layers of type {other} keep no paged KV, which this engine needs")
     return found
-
-
-def _shared(ropes: Mapping[int, Rope], spec: DecoderSpec, wanted: RopeSpec) -> Rope | None:
-    """The tables already built for an equal RopeSpec: equal specs share one table."""
-    for mixer in _attention_layers(spec):
-        if mixer.rope is not None and mixer.rope == wanted and id(mixer.rope) in ropes:
-            return ropes[id(mixer.rope)]
-    return None

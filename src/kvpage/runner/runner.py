@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from kvpage.api.model import CausalLM
-from kvpage.errors import RequestError
+from kvpage.errors import KvpageError
 from kvpage.outputs import PositionLogprobs
 from kvpage.runner.batch import BatchBuilder
 from kvpage.runner.kvstore import KVStore
@@ -68,8 +68,9 @@ class ModelRunner:
                     prompt_length=admission.prompt_length,
                     bad_word_ids=admission.bad_word_ids,
                 )
-            except RequestError as error:
-                self._refused[admission.slot] = str(error)
+            except Exception as error:
+                # A logits processor's own admit may raise anything: that request ends, the slot samples greedily.
+                self._refused[admission.slot] = describe(error)
             if params.prompt_logprobs is not None:
                 self._prompt_logprobs[admission.slot] = PromptLogprobs(params.prompt_logprobs, admission.prompt_length)
         self._batch.apply(plan)
@@ -92,9 +93,14 @@ class ModelRunner:
             logits = logits[[row_of[row] for row in plan.sample_rows]]
             for fork in plan.forks:
                 self._batch.fork(fork.parent, fork.child)
-                self._sampler.fork(fork.parent, fork.child, stream=fork.stream)
                 if fork.parent in self._refused:
                     self._refused[fork.child] = self._refused[fork.parent]
+                    continue
+                try:
+                    self._sampler.fork(fork.parent, fork.child, stream=fork.stream)
+                except Exception as error:
+                    # As above, for the child alone.
+                    self._refused[fork.child] = describe(error)
         slots = np.array(plan.sample_slots, np.int64)
         sampled = self._sampler.sample(logits, slots)
         self._batch.append(slots, sampled.token_ids)
@@ -122,3 +128,8 @@ class ModelRunner:
                 scored[row] = found
             first += count
         return scored
+
+
+def describe(error: Exception) -> str:
+    """An exception in one line; kvpage's own speak for themselves."""
+    return str(error) if isinstance(error, KvpageError) else f"{type(error).__name__}: {error}"

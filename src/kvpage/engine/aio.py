@@ -1,0 +1,394 @@
+"""AsyncEngine: one thread owns the core; asyncio code submits from its loop and is woken once a step."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+import time
+import weakref
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Generator, Sequence
+from concurrent.futures import Future
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from kvpage.config import EngineOptions
+from kvpage.engine.build import build_engine
+from kvpage.engine.core import EngineCore
+from kvpage.engine.inputs import Message, Prompt
+from kvpage.engine.request import RequestState
+from kvpage.engine.stats import EngineStats
+from kvpage.errors import EngineDeadError, KvpageError
+from kvpage.outputs import RequestOutput, TokenEvent
+from kvpage.params import SamplingParams
+from kvpage.plugins import PluginRegistry
+from kvpage.text.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from kvpage.inspect.snapshot import BlockMap
+
+T = TypeVar("T")
+Loop = asyncio.AbstractEventLoop
+
+
+class AsyncHandle:
+    """One request of an ``AsyncEngine``: await it for the whole output, iterate it for TokenEvents.
+
+    Bound to the event loop that first awaits or iterates it. Leaving an ``async for`` early, cancelling a task
+    that awaits it, ``aclose()`` and the end of ``async with handle`` cancel the request. Events that nobody has
+    read yet are merged, so a slow reader costs no memory.
+    """
+
+    def __init__(self, worker: CoreThread, state: RequestState) -> None:
+        self._worker, self._state = worker, state
+        self.loop: Loop | None = None
+        self._waiters: list[asyncio.Future[None]] = []
+
+    @property
+    def request_id(self) -> str:
+        return self._state.output.request_id
+
+    @property
+    def done(self) -> bool:
+        """Whether every choice has ended, in whatever way."""
+        return self._state.done
+
+    @property
+    def output(self) -> RequestOutput:
+        """The output so far; it grows in place."""
+        return self._state.output
+
+    def cancel(self) -> None:
+        """End the request; unfinished choices get finish_reason "abort". Callable from any thread."""
+        if not self._state.done:
+            self._worker.post_abort(self.request_id)
+
+    async def aclose(self) -> None:
+        """Cancel the request and wait until its blocks are free."""
+        self.cancel()
+        while not self._state.done:
+            await self._changed()
+
+    async def result(self) -> RequestOutput:
+        """The whole output; after a cancel with what was generated until then.
+
+        Raises:
+            KvpageError: what ended the request in error.
+        """
+        try:
+            while not self._state.done:
+                await self._changed()
+        except asyncio.CancelledError:
+            self.cancel()
+            raise
+        if self._state.error is not None:
+            raise self._state.error
+        return self._state.output
+
+    def __await__(self) -> Generator[Any, None, RequestOutput]:
+        return self.result().__await__()
+
+    def __aiter__(self) -> AsyncIterator[Any]:
+        return self._events()
+
+    async def __aenter__(self) -> AsyncHandle:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.aclose()
+
+    async def _events(self) -> AsyncIterator[TokenEvent]:
+        try:
+            while True:
+                done = self._state.done
+                for event in self._state.take_events():
+                    yield event
+                if done:
+                    break
+                await self._changed()
+        finally:
+            self.cancel()
+        if self._state.error is not None:
+            raise self._state.error
+
+    async def _changed(self) -> None:
+        """Until the engine's thread says that this request gained something (or at once, if it just did)."""
+        if self.loop is None:
+            self.loop = asyncio.get_running_loop()
+            self._worker.watch(self)
+            if self._state.done:
+                self._worker.unwatch(self)
+            return
+        waiter: asyncio.Future[None] = self.loop.create_future()
+        self._waiters.append(waiter)
+        try:
+            await waiter
+        finally:
+            if waiter in self._waiters:
+                self._waiters.remove(waiter)
+
+    def wake(self) -> None:
+        """In the handle's loop: whoever waits looks again."""
+        waiters, self._waiters = self._waiters, []
+        for waiter in waiters:
+            if not waiter.done():
+                waiter.set_result(None)
+
+
+class CoreThread:
+    """Runs the core in a thread of its own. What others want of the core goes through ``call``."""
+
+    def __init__(self, core: EngineCore) -> None:
+        self.core = core
+        self._condition = threading.Condition()
+        self._commands: deque[Callable[[], None]] = deque()
+        self._watched: dict[str, AsyncHandle] = {}
+        self._stopping = False
+        self._thread = threading.Thread(target=self._run, name="kvpage-engine", daemon=True)
+        self._thread.start()
+
+    def call(self, function: Callable[[EngineCore], T]) -> Future[T]:
+        """Run ``function(core)`` between two steps."""
+        future: Future[T] = Future()
+
+        def run() -> None:
+            try:
+                future.set_result(function(self.core))
+            except BaseException as error:
+                # Whatever it was belongs to the caller, who waits for it; the engine's thread goes on.
+                future.set_exception(error)
+
+        self._post(run)
+        return future
+
+    def submit(self, state: RequestState) -> None:
+        """Hand a request over; what the core refuses becomes the request's error."""
+
+        def run() -> None:
+            try:
+                self.core.submit(state)
+            except KvpageError as error:
+                state.fail(error)
+                self._wake([state])
+
+        self._post(run)
+
+    def post_abort(self, request_id: str) -> None:
+        self._post(lambda: self._wake(self.core.abort(request_id)))
+
+    def watch(self, handle: AsyncHandle) -> None:
+        """From now on wake this handle's loop when its request gains something."""
+        self._watched[handle.request_id] = handle
+
+    def unwatch(self, handle: AsyncHandle) -> None:
+        self._watched.pop(handle.request_id, None)
+
+    def request_stop(self) -> None:
+        """End the thread after the step it is in; every unfinished request ends with "abort"."""
+        with self._condition:
+            self._stopping = True
+            self._condition.notify()
+
+    @property
+    def alive(self) -> bool:
+        return self._thread.is_alive()
+
+    @property
+    def idle(self) -> bool:
+        """Whether no request is open or on its way."""
+        return not (self._commands or self.core.states)
+
+    def stop(self) -> None:
+        """``request_stop`` and wait. Idempotent."""
+        self.request_stop()
+        if threading.current_thread() is not self._thread:
+            self._thread.join()
+
+    def _post(self, command: Callable[[], None]) -> None:
+        with self._condition:
+            if self._stopping:
+                raise EngineDeadError("the engine is closed; make a new one")
+            self._commands.append(command)
+            self._condition.notify()
+
+    def _run(self) -> None:
+        core = self.core
+        while True:
+            with self._condition:
+                while not (self._commands or core.has_work or self._stopping):
+                    self._condition.wait()
+                commands, self._commands = self._commands, deque()
+                stopping = self._stopping
+            for command in commands:
+                command()
+            if stopping:
+                break
+            if core.has_work:
+                self._step()
+        self._wake(core.close())
+
+    def _step(self) -> None:
+        states = list(self.core.states.values())
+        try:
+            changed = self.core.step()
+        except EngineDeadError:
+            logging.getLogger("kvpage").exception("the engine died; every open request ends with this error")
+            changed = states
+        self._wake(changed)
+
+    def _wake(self, states: Sequence[RequestState]) -> None:
+        """One call into each event loop that has a reader of these requests."""
+        by_loop: dict[Loop, list[AsyncHandle]] = {}
+        for state in states:
+            request_id = state.output.request_id
+            handle = self._watched.pop(request_id, None) if state.done else self._watched.get(request_id)
+            if handle is not None and handle.loop is not None:
+                by_loop.setdefault(handle.loop, []).append(handle)
+        for loop, handles in by_loop.items():
+            try:
+                loop.call_soon_threadsafe(_wake_all, handles)
+            except RuntimeError:
+                # The loop is closed, so nobody reads these any more: their requests end.
+                for handle in handles:
+                    self.core.abort(handle.request_id)
+
+
+class AsyncEngine:
+    """An LLM engine in your process, for asyncio. Arguments and errors are those of ``Engine``.
+
+    Every method that is no coroutine may be called from any thread, several event loops included.
+    """
+
+    def __init__(self, model: Any = "demo", *, plugins: PluginRegistry | None = None, **options: Any) -> None:
+        self.options = EngineOptions.from_keywords(model=model, **options)
+        parts = build_engine(self.options, plugins)
+        self._inputs = parts.inputs
+        self._config = parts.config
+        self._worker = CoreThread(parts.core)
+        self._draining = False
+        # Ends the thread when the engine is dropped or the interpreter exits without close().
+        self._finalizer = weakref.finalize(self, self._worker.stop)
+
+    @property
+    def tokenizer(self) -> Tokenizer | None:
+        return self._inputs.tokenizer
+
+    @property
+    def config(self) -> Any:
+        """``kvpage.config.Resolved``: every value the engine runs with, and the reason of each."""
+        return self._config
+
+    def generate(
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        request_id: str | None = None,
+        priority: int = 0,
+        cache_salt: str | None = None,
+    ) -> AsyncHandle:
+        """Submit a request; await the handle for the RequestOutput, or iterate it for TokenEvents.
+
+        Raises:
+            RequestError: prompt or parameters cannot be served. What only the engine can tell (queue full,
+                never fits) is raised where the handle is awaited or iterated.
+            EngineDeadError: the engine is closed, or draining.
+        """
+        make = self._inputs.request
+        return self._submit(
+            make(prompt, params, request_id=request_id, priority=priority, cache_salt=cache_salt)
+        )
+
+    def chat(
+        self,
+        messages: Sequence[Message],
+        params: SamplingParams | None = None,
+        *,
+        request_id: str | None = None,
+        priority: int = 0,
+        cache_salt: str | None = None,
+        **template_options: Any,
+    ) -> AsyncHandle:
+        """``generate`` for a conversation, written out by the model's chat template."""
+        return self._submit(
+            self._inputs.chat_request(
+                messages, params, request_id=request_id, priority=priority, cache_salt=cache_salt, **template_options
+            )
+        )
+
+    def render_chat(self, messages: Sequence[Message], **template_options: Any) -> str:
+        """The prompt text that ``chat`` would send."""
+        return self._inputs.render_chat(messages, **template_options)
+
+    def abort(self, request_id: str) -> None:
+        """Cancel a request by id; unknown ids are ignored."""
+        self._worker.post_abort(request_id)
+
+    def stats(self) -> EngineStats:
+        """Counts between two steps (waits for the running step to end)."""
+        return self._worker.call(lambda core: core.stats()).result()
+
+    def inspect(self) -> BlockMap:
+        """The block map between two steps; ``.to_text()``, ``.to_svg()``."""
+        from kvpage.inspect.snapshot import take_snapshot  # the picture is drawn on demand
+
+        return self._worker.call(lambda core: take_snapshot(core.scheduler)).result()
+
+    def reset_prefix_cache(self) -> bool:
+        """Forget all cached prefixes; ``False`` (and nothing done) while requests hold blocks."""
+        return self._worker.call(lambda core: core.blocks.reset_prefix_cache()).result()
+
+    def check_health(self) -> None:
+        """Raises EngineDeadError if the engine is closed or a step failed. Never waits for a step."""
+        if not self._finalizer.alive:
+            raise EngineDeadError("the engine is closed; make a new one")
+        self._worker.core.check_alive()
+
+    async def drain(self, timeout: float | None = None) -> bool:
+        """Take no more requests and wait until the open ones have ended; ``False`` if ``timeout`` seconds did
+        not suffice (they go on)."""
+        self._draining = True
+        deadline = None if timeout is None else time.monotonic() + timeout
+        while not self._worker.idle:
+            if deadline is not None and time.monotonic() > deadline:
+                return False
+            await asyncio.sleep(0.01)
+        return True
+
+    def close(self) -> None:
+        """Abort what is unfinished, end the thread, give all memory back. Idempotent; waits for the running step."""
+        self._finalizer()
+
+    async def aclose(self) -> None:
+        """``close`` without blocking the event loop."""
+        self._worker.request_stop()
+        while self._worker.alive:
+            await asyncio.sleep(0.002)
+        self.close()
+
+    async def __aenter__(self) -> AsyncEngine:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.aclose()
+
+    def _submit(self, state: RequestState) -> AsyncHandle:
+        if self._draining:
+            raise EngineDeadError("the engine is draining and takes no more requests")
+        self.check_health()
+        handle = self._make_handle(state)
+        self._worker.submit(state)
+        return handle
+
+    def _make_handle(self, state: RequestState) -> AsyncHandle:
+        return AsyncHandle(self._worker, state)
+
+
+def _wake_all(handles: Sequence[AsyncHandle]) -> None:
+    for handle in handles:
+        handle.wake()

@@ -1,0 +1,242 @@
+"""EngineCore: the three verbs. Schedule, execute, commit; then tokens become text."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from kvpage.api.events import StepStats
+from kvpage.cache.manager import BlockManager
+from kvpage.engine.executor import Executor
+from kvpage.engine.request import RequestState, with_texts
+from kvpage.engine.stats import EngineStats, Listeners
+from kvpage.errors import EngineDeadError, KvpageError, RequestError
+from kvpage.outputs import PositionLogprobs
+from kvpage.sched.plan import StepPlan
+from kvpage.sched.scheduler import Scheduler
+from kvpage.sched.step import Commit
+from kvpage.sched.sequence import Sequence as ScheduledSequence
+from kvpage.text.tokenizer import Tokenizer
+
+
+@dataclass(slots=True)
+class Totals:
+    """Counts since the engine was made."""
+
+    steps: int = 0
+    prompt_tokens: int = 0
+    generated_tokens: int = 0
+    finished_requests: int = 0
+
+
+class EngineCore:
+    """One engine's requests, scheduler and executor. Not thread-safe: its owner calls it from one place at a time.
+
+    An exception that one request causes ends that request; one out of the step itself ends the engine, and
+    every request with it, in ``EngineDeadError``.
+    """
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        blocks: BlockManager,
+        executor: Executor,
+        tokenizer: Tokenizer | None,
+        listeners: Listeners,
+        release: Callable[[], None],
+    ) -> None:
+        self.scheduler = scheduler
+        self.blocks = blocks
+        self.states: dict[str, RequestState] = {}
+        self.dead: Exception | None = None
+        self.totals = Totals()
+        self.listeners = listeners
+        self._executor: Executor | None = executor
+        self._tokenizer = tokenizer
+        self._release = release
+
+    @property
+    def has_work(self) -> bool:
+        return self.dead is None and self.scheduler.has_work
+
+    def submit(self, state: RequestState) -> None:
+        """Accept a request, or raise RequestError / QueueFullError / EngineDeadError and keep nothing of it."""
+        self.check_alive()
+        self.scheduler.submit(state.request)
+        request = state.request
+        self.states[request.request_id] = state
+        self.totals.prompt_tokens += len(request.prompt_token_ids)
+        if self.listeners:
+            self.listeners.tell(lambda o: o.admitted(request.request_id, len(request.prompt_token_ids)))
+
+    def step(self) -> list[RequestState]:
+        """Schedule, execute, commit once; returns the requests that gained something.
+
+        Raises:
+            EngineDeadError: the step failed as a whole; every request has ended with that error.
+        """
+        self.check_alive()
+        began = time.perf_counter()
+        changed: dict[str, RequestState] = {}
+        plan: StepPlan | None = None
+        try:
+            for sequence in self.scheduler.expire():
+                self._finish(sequence, changed)
+            plan = self.scheduler.schedule()
+            if plan is not None:
+                assert self._executor is not None, "a closed engine has no work"
+                result = self._executor.submit(plan).result()
+                self._deliver(self.scheduler.commit(plan, result), changed)
+        except Exception as error:
+            # Nothing of a failed step can be trusted, whatever went wrong in it.
+            self._die(plan, error)
+            raise self._dead_error() from error
+        if plan is not None:
+            self.totals.steps += 1
+            if self.listeners:
+                self._tell_step(plan, time.perf_counter() - began)
+        return list(changed.values())
+
+    def abort(self, request_id: str) -> list[RequestState]:
+        """End a request, in whatever state it is; unfinished choices end with "abort". Unknown ids are ignored."""
+        state = self.states.get(request_id)
+        if state is None:
+            return []
+        changed: dict[str, RequestState] = {}
+        for sequence in self.scheduler.abort(state.request):
+            self._finish(sequence, changed)
+        return list(changed.values())
+
+    def close(self) -> list[RequestState]:
+        """Abort what is unfinished and give the memory back. Idempotent."""
+        changed = [state for request_id in list(self.states) for state in self.abort(request_id)]
+        if self.dead is None:
+            self.dead = EngineDeadError("the engine is closed; make a new one")
+        if self._executor is not None:
+            self._executor.close()
+            self._executor = None
+            self._release()
+        return changed
+
+    def check_alive(self) -> None:
+        """Raises EngineDeadError if the engine is closed or a step failed."""
+        if self.dead is not None:
+            raise self._dead_error() from (None if isinstance(self.dead, EngineDeadError) else self.dead)
+
+    def stats(self) -> EngineStats:
+        """Counts of this moment."""
+        scheduler, blocks, totals = self.scheduler, self.blocks, self.totals
+        free, used = blocks.free_blocks, blocks.used_blocks
+        return EngineStats(
+            running=scheduler.num_running,
+            waiting=scheduler.num_waiting,
+            free_blocks=free,
+            used_blocks=used,
+            cached_blocks=blocks.cached_blocks,
+            total_blocks=free + used,
+            preemptions=scheduler.preemptions,
+            forks=scheduler.forks,
+            copies=scheduler.copies,
+            prefix_queries=blocks.queries,
+            prefix_hits=blocks.hits,
+            steps=totals.steps,
+            prompt_tokens=totals.prompt_tokens,
+            generated_tokens=totals.generated_tokens,
+            finished_requests=totals.finished_requests,
+        )
+
+    def _deliver(self, commit: Commit, changed: dict[str, RequestState]) -> None:
+        """Turn a commit into tokens and text of the requests' choices."""
+        now = time.monotonic()
+        states = self.states
+        logprobs: Sequence[PositionLogprobs | None] | None = commit.logprobs
+        for i, (sequence, token_id) in enumerate(zip(commit.sequences, commit.token_ids, strict=True)):
+            request_id = sequence.request.request_id
+            state = states[request_id]
+            changed[request_id] = state
+            if state.first_token is None:
+                state.first_token = now
+            state.last_token = now
+            reported = None if logprobs is None else logprobs[i]
+            if reported is not None:
+                reported = with_texts(reported, self._tokenizer)
+            try:
+                matched = state.choices[sequence.index].add(
+                    token_id, reported, silent=sequence.finish_reason == "stop"
+                )
+            except Exception as error:
+                # Text is a matter of one request: whatever its decoding raises ends that request alone.
+                self._fail(state, error)
+                continue
+            if matched is not None:
+                self.scheduler.finish(sequence, "stop", matched)
+                self._finish(sequence, changed, matched=True)
+        self.totals.generated_tokens += len(commit.token_ids)
+        for request, found in commit.prompt_logprobs:
+            states[request.request_id].output.prompt_logprobs = [
+                None if position is None else with_texts(position, self._tokenizer) for position in found
+            ]
+        for sequence in commit.finished:
+            self._finish(sequence, changed)
+
+    def _finish(
+        self, sequence: ScheduledSequence, changed: dict[str, RequestState], *, matched: bool = False
+    ) -> None:
+        """A sequence has its finish reason: so has its choice."""
+        state = self.states.get(sequence.request.request_id)
+        reason = sequence.finish_reason
+        if state is None or reason is None:
+            return
+        changed[state.output.request_id] = state
+        if sequence.error is not None:
+            self._fail(state, RequestError(sequence.error))
+            return
+        state.finish(sequence.index, reason, sequence.stop_reason, matched=matched)
+        if self.listeners:
+            choice = state.choices[sequence.index].output
+            request_id, tokens = state.output.request_id, len(choice.token_ids)
+            self.listeners.tell(lambda o: o.finished(request_id, choice.index, reason, tokens))
+        if state.done:
+            self._forget(state)
+
+    def _fail(self, state: RequestState, error: Exception) -> None:
+        """One request cannot go on; its blocks are freed, the others do not notice."""
+        self.scheduler.abort(state.request)
+        state.fail(error if isinstance(error, KvpageError) else RequestError(f"{type(error).__name__}: {error}"))
+        self._forget(state)
+
+    def _forget(self, state: RequestState) -> None:
+        self.states.pop(state.output.request_id, None)
+        self.totals.finished_requests += 1
+        if self.listeners:
+            self.listeners.tell(lambda o: o.completed(state.output.request_id, state.output.metrics))
+
+    def _die(self, plan: StepPlan | None, error: Exception) -> None:
+        self.dead = error
+        if plan is not None:
+            self.scheduler.fail(plan)
+        for state in list(self.states.values()):
+            self.scheduler.abort(state.request)
+            state.fail(self._dead_error())
+            self._forget(state)
+
+    def _dead_error(self) -> EngineDeadError:
+        if isinstance(self.dead, EngineDeadError):
+            return EngineDeadError(str(self.dead))
+        error = EngineDeadError(f"a step failed ({type(self.dead).__name__}: {self.dead}); make a new engine")
+        error.__cause__ = self.dead
+        return error
+
+    def _tell_step(self, plan: StepPlan, seconds: float) -> None:
+        stats = StepStats(
+            step=plan.step,
+            num_rows=len(plan.slots),
+            num_tokens=plan.num_tokens,
+            running=self.scheduler.num_running,
+            waiting=self.scheduler.num_waiting,
+            free_blocks=self.blocks.free_blocks,
+            used_blocks=self.blocks.used_blocks,
+            seconds=seconds,
+        )
+        self.listeners.tell(lambda listener: listener.step(stats))

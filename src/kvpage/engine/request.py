@@ -1,0 +1,171 @@
+"""A request as the engine follows it: choices that gain tokens and text, and the events cut from them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from kvpage.outputs import (
+    CompletionOutput,
+    FinishReason,
+    PositionLogprobs,
+    RequestMetrics,
+    RequestOutput,
+    TokenEvent,
+)
+from kvpage.sched.sequence import Request
+from kvpage.text.detokenizer import Detokenizer
+from kvpage.text.stops import StopStrings
+from kvpage.text.tokenizer import Tokenizer
+
+
+class Choice:
+    """One choice: its output so far, and how much of it was delivered as events.
+
+    The engine's thread writes, any thread may read: ``finish_reason`` is written last, so a reader that sees it
+    sees everything.
+    """
+
+    __slots__ = ("_detokenizer", "_min_tokens", "_sent_text", "_sent_tokens", "_stops", "_told", "output")
+
+    def __init__(self, index: int, request: Request, tokenizer: Tokenizer | None) -> None:
+        params = request.params
+        self.output = CompletionOutput(index, logprobs=None if params.logprobs is None else [])
+        if params.logprobs is not None:
+            self.output.cumulative_logprob = 0.0
+        self._detokenizer: Detokenizer | None = None
+        self._stops: StopStrings | None = None
+        self._min_tokens = params.min_tokens
+        if tokenizer is not None and params.detokenize:
+            self._detokenizer = Detokenizer(
+                tokenizer,
+                request.prompt_token_ids,
+                skip_special_tokens=params.skip_special_tokens,
+                spaces_between_special_tokens=params.spaces_between_special_tokens,
+            )
+            if params.stop:
+                self._stops = StopStrings(params.stop_strings, include_in_output=params.include_stop_str_in_output)
+        self._sent_tokens = 0
+        self._sent_text = 0
+        self._told = False
+
+    def add(self, token_id: int, logprobs: PositionLogprobs | None, *, silent: bool) -> str | None:
+        """A sampled token; returns the stop string it completed, if any.
+
+        ``silent``: a stop token, whose own text is not part of the answer.
+        """
+        output = self.output
+        output.token_ids.append(token_id)
+        if logprobs is not None and output.logprobs is not None:
+            output.logprobs.append(logprobs)
+            output.cumulative_logprob = (output.cumulative_logprob or 0.0) + logprobs[token_id].logprob
+        if self._detokenizer is None or silent:
+            return None
+        delta = self._detokenizer.push((token_id,))
+        matched = None
+        if self._stops is not None and delta:
+            if len(output.token_ids) < self._min_tokens:
+                delta = self._stops.ignore(delta)
+            else:
+                delta, matched = self._stops.push(delta)
+        if delta:
+            output.text += delta
+        return matched
+
+    def finish(self, reason: FinishReason, stop_reason: int | str | None, *, matched: bool = False) -> None:
+        """The terminal state. ``matched``: a stop string ended it, so what is held back stays out."""
+        output = self.output
+        if self._detokenizer is not None and not matched:
+            rest = self._detokenizer.flush()
+            if self._stops is not None:
+                rest = self._stops.push(rest)[0] + self._stops.flush()
+            output.text += rest
+        output.stop_reason = stop_reason
+        output.finish_reason = reason
+
+    def take_event(self) -> TokenEvent | None:
+        """What this choice gained since the last call; ``None`` if nothing."""
+        output = self.output
+        reason = output.finish_reason
+        tokens, text = len(output.token_ids), output.text
+        if tokens == self._sent_tokens and len(text) == self._sent_text and (reason is None or self._told):
+            return None
+        logprobs = None if output.logprobs is None else output.logprobs[self._sent_tokens : tokens]
+        event = TokenEvent(
+            index=output.index,
+            token_ids=output.token_ids[self._sent_tokens : tokens],
+            delta=text[self._sent_text :],
+            logprobs=logprobs,
+            finish_reason=reason,
+            stop_reason=output.stop_reason if reason is not None else None,
+        )
+        self._sent_tokens, self._sent_text, self._told = tokens, len(text), reason is not None
+        return event
+
+
+class RequestState:
+    """One accepted request: what the scheduler knows of it, its choices, and how it ended."""
+
+    __slots__ = ("_unfinished", "choices", "error", "first_token", "last_token", "output", "request")
+
+    def __init__(self, request: Request, prompt: str | None, tokenizer: Tokenizer | None, arrival_time: float) -> None:
+        self.request = request
+        self.choices = [Choice(index, request, tokenizer) for index in range(request.params.n)]
+        self.output = RequestOutput(
+            request_id=request.request_id,
+            prompt=prompt,
+            prompt_token_ids=request.prompt_token_ids,
+            outputs=[choice.output for choice in self.choices],
+            metrics=RequestMetrics(arrival_time=arrival_time),
+        )
+        self.error: Exception | None = None
+        self.first_token: float | None = None
+        self.last_token: float | None = None
+        self._unfinished = request.params.n
+
+    @property
+    def done(self) -> bool:
+        return self.output.finished or self.error is not None
+
+    def finish(
+        self, index: int, reason: FinishReason, stop_reason: int | str | None, *, matched: bool = False
+    ) -> None:
+        """One choice ended; with the last one, the request did."""
+        choice = self.choices[index]
+        if choice.output.finish_reason is not None:
+            return
+        choice.finish(reason, stop_reason, matched=matched)
+        self._unfinished -= 1
+        if not self._unfinished:
+            self._close_metrics()
+            self.output.finished = True
+
+    def fail(self, error: Exception) -> None:
+        """The request ended in error: every unfinished choice ends with "error", readers get ``error`` raised."""
+        if self.done:
+            return
+        self.error = error
+        for choice in self.choices:
+            if choice.output.finish_reason is None:
+                choice.finish("error", None)
+        self.output.finished = True
+
+    def take_events(self) -> list[TokenEvent]:
+        """One event for each choice that gained something since the last call."""
+        return [event for choice in self.choices if (event := choice.take_event()) is not None]
+
+    def _close_metrics(self) -> None:
+        request, metrics = self.request, self.output.metrics
+        metrics.cached_tokens = request.cached_tokens
+        metrics.preemptions = request.preemptions
+        if request.first_scheduled is not None:
+            metrics.queued = request.first_scheduled - request.arrival
+            if self.first_token is not None and self.last_token is not None:
+                metrics.prefill = self.first_token - request.first_scheduled
+                metrics.decode = self.last_token - self.first_token
+
+
+def with_texts(logprobs: PositionLogprobs, tokenizer: Tokenizer | None) -> PositionLogprobs:
+    """The same mapping with each token's text filled in."""
+    if tokenizer is None:
+        return logprobs
+    return {token: replace(value, decoded_token=tokenizer.token_text(token)) for token, value in logprobs.items()}
