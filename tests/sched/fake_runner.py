@@ -59,6 +59,17 @@ class FakeRunner:
             self._expect_own_history(slot, start + count)
         return self._sample(plan, rows)
 
+    def execute_with_garbage(self, plan: StepPlan) -> None:
+        """Apply ``plan``, but compute nonsense: what a step that fails half-way leaves behind."""
+        self._seat(plan)
+        self._edit_tables(plan)
+        self._copy(plan)
+        for slot, start, count in zip(plan.slots, plan.starts, plan.counts, strict=True):
+            for group in range(len(self.groups)):
+                for position in range(start, start + count):
+                    index, offset = divmod(position, self.block_size)
+                    self.memory[group][self.seats[slot].tables[group][index], offset] = (-1,)
+
     def _seat(self, plan: StepPlan) -> None:
         for slot in plan.released:
             self.seats.pop(slot, None)
