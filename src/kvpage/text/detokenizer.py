@@ -47,6 +47,7 @@ class Detokenizer:
         elif isinstance(pieces, LocalPieces):
             self._text = _LocalText(pieces, prompt_ids)
         else:
+
             def decode(ids: Sequence[int]) -> str:
                 return tokenizer.decode(
                     ids,

@@ -70,7 +70,11 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def decode(
-        self, ids: Sequence[int], *, skip_special_tokens: bool = True, spaces_between_special_tokens: bool = True
+        self,
+        ids: Sequence[int],
+        *,
+        skip_special_tokens: bool = True,
+        spaces_between_special_tokens: bool = True,
     ) -> str:
         """Text of token ids, as transformers' ``decode``; ids without a token are left out."""
 
@@ -110,7 +114,11 @@ class FastTokenizer(Tokenizer):
         self.chat_templates = dict(chat_templates)
         self.bos_token_id = self._token_id("bos_token")
         self.eos_token_id = self._token_id("eos_token")
-        special = {index: token.content for index, token in backend.get_added_tokens_decoder().items() if token.special}
+        special = {
+            index: token.content
+            for index, token in backend.get_added_tokens_decoder().items()
+            if token.special
+        }
         self.all_special_ids = frozenset(special)
         self._shown = read_pieces(backend, frozenset())
         self._skipping = read_pieces(backend, frozenset(special.values()))
@@ -125,7 +133,11 @@ class FastTokenizer(Tokenizer):
             raise unreadable_text(text) from error
 
     def decode(
-        self, ids: Sequence[int], *, skip_special_tokens: bool = True, spaces_between_special_tokens: bool = True
+        self,
+        ids: Sequence[int],
+        *,
+        skip_special_tokens: bool = True,
+        spaces_between_special_tokens: bool = True,
     ) -> str:
         return str(self._backend.decode(ids, skip_special_tokens=skip_special_tokens))
 
@@ -175,7 +187,11 @@ class SlowTokenizer(Tokenizer):
         return list(self._tokenizer.encode(text, add_special_tokens=add_special_tokens))
 
     def decode(
-        self, ids: Sequence[int], *, skip_special_tokens: bool = True, spaces_between_special_tokens: bool = True
+        self,
+        ids: Sequence[int],
+        *,
+        skip_special_tokens: bool = True,
+        spaces_between_special_tokens: bool = True,
     ) -> str:
         return str(
             self._tokenizer.decode(
@@ -247,7 +263,9 @@ def _load_fast(folder: Path, config: Mapping[str, Any]) -> Tokenizer:
     special_tokens = {name: text for name, value in config.items() if (text := _special_token(name, value))}
     _add_missing_tokens(backend, config, special_tokens)
     backend.encode_special_tokens = bool(config.get("split_special_tokens", False))
-    return FastTokenizer(backend, special_tokens=special_tokens, chat_templates=_chat_templates(folder, config))
+    return FastTokenizer(
+        backend, special_tokens=special_tokens, chat_templates=_chat_templates(folder, config)
+    )
 
 
 def _special_token(name: str, value: Any) -> str | None:
@@ -258,7 +276,9 @@ def _special_token(name: str, value: Any) -> str | None:
     return text if isinstance(text, str) else None
 
 
-def _add_missing_tokens(backend: Backend, config: Mapping[str, Any], special_tokens: Mapping[str, str]) -> None:
+def _add_missing_tokens(
+    backend: Backend, config: Mapping[str, Any], special_tokens: Mapping[str, str]
+) -> None:
     """Tokens that only the configuration knows, in transformers' order: by id, then named, then extra ones."""
     known = {token.content: token.special for token in backend.get_added_tokens_decoder().values()}
     listed = sorted(config.get("added_tokens_decoder", {}).items(), key=lambda entry: int(entry[0]))
@@ -269,7 +289,10 @@ def _add_missing_tokens(backend: Backend, config: Mapping[str, Any], special_tok
             backend.add_tokens([token])
     extra = config.get("extra_special_tokens") or config.get("additional_special_tokens") or ()
     entries = extra.values() if isinstance(extra, Mapping) else extra
-    texts = [*special_tokens.values(), *(text for entry in entries if (text := _special_token("_token", entry)))]
+    texts = [
+        *special_tokens.values(),
+        *(text for entry in entries if (text := _special_token("_token", entry))),
+    ]
     backend.add_special_tokens([text for text in dict.fromkeys(texts) if not known.get(text)])
 
 
@@ -307,7 +330,9 @@ def _load_slow(folder: Path, config: Mapping[str, Any], trust_remote_code: bool)
             str(folder), use_fast=False, local_files_only=True, trust_remote_code=trust_remote_code
         )
     except Exception as error:  # anything may be raised: optional packages, damaged files, remote code
-        raise CheckpointError(f"transformers cannot read the tokenizer in {folder} ({error}): {WAY_OUT}") from error
+        raise CheckpointError(
+            f"transformers cannot read the tokenizer in {folder} ({error}): {WAY_OUT}"
+        ) from error
     return wrap_tokenizer(tokenizer)
 
 
@@ -320,7 +345,9 @@ def _read_json(file: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{file} cannot be read ({error}): fetch it again") from error
     if not isinstance(content, dict):
-        raise CheckpointError(f"{file} must hold a JSON object, holds a {type(content).__name__}: fetch it again")
+        raise CheckpointError(
+            f"{file} must hold a JSON object, holds a {type(content).__name__}: fetch it again"
+        )
     return content
 
 
@@ -338,7 +365,9 @@ def named_templates(template: str | Mapping[str, str] | Sequence[Mapping[str, st
 def unreadable_text(text: object) -> RequestError:
     """The error for a prompt that no tokenizer can read."""
     if not isinstance(text, str):
-        return RequestError(f"the prompt must be a string, got {type(text).__name__}: {text!r:.80}", param="prompt")
+        return RequestError(
+            f"the prompt must be a string, got {type(text).__name__}: {text!r:.80}", param="prompt"
+        )
     index = _surrogate(text)
     if index is None:
         return RequestError(f"the prompt cannot be tokenized: {text!r:.80}", param="prompt")
