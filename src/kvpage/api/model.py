@@ -14,6 +14,8 @@ from kvpage.api.kv import KVGroupSpec
 if TYPE_CHECKING:
     import torch
 
+    from kvpage.api.quant import LinearKernel, WeightForm
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class NormSpec:
@@ -100,11 +102,28 @@ class MoESpec:
     shared_gate: bool = False
 
 
-class MixerSpec(Protocol):
-    """Any other token mixer: a plugin's own spec type, with the torch module that runs it."""
+class Mixer(Protocol):
+    """What mixes tokens in one layer: x [T, H] (normed) -> [T, H]. ``positions`` int64 [T]."""
 
-    kv_group: int
-    kv_index: int
+    def __call__(self, x: torch.Tensor, positions: torch.Tensor, ctx: StepContext) -> torch.Tensor: ...
+
+
+class MixerSpec(Protocol):
+    """Any other token mixer: a plugin's own spec type, which builds the torch code that runs it."""
+
+    @property
+    def kv_group(self) -> int: ...
+
+    @property
+    def kv_index(self) -> int: ...
+
+    def parameters(self, hidden_size: int) -> Mapping[str, tuple[int, ...]]:
+        """Names (below ``layers.i.mixer.``) and shapes of its parameters."""
+        ...
+
+    def build(self, weights: Mapping[str, WeightForm], env: DecoderEnv) -> Mixer:
+        """The mixer of one layer; ``weights`` has the names of ``parameters``."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -112,7 +131,7 @@ class LayerSpec:
     """One decoder layer: mixer, feed-forward, the norms by place, and how they join the residual stream.
 
     sequential: x += m * after1(mixer(before1(x))); x += m * after2(ffn(before2(x))).
-    parallel:   x += m * (mixer(before1(x)) + ffn(before2(x))), before2 = before1 where it is None.
+    parallel:   x += m * (after1(mixer(before1(x))) + after2(ffn(before2(x)))), before2 = before1 where it is None.
     """
 
     mixer: AttentionSpec | MixerSpec
@@ -164,11 +183,17 @@ class DecoderSpec:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class WeightRef:
-    """Where a parameter lies in a checkpoint: tensor ``name``; ``rows`` [start, stop) of dimension 0 where
-    several parameters share one tensor; ``transpose`` where it is stored [in, out] (GPT-2)."""
+    """Where a parameter lies in a checkpoint: tensor ``name``.
+
+    Attributes:
+        rows: [start, stop) of the outputs where several parameters share one tensor (Phi-3's qkv).
+        every: ``rows`` repeats: of every ``every`` outputs, those in ``rows`` (GPT-NeoX: q, k, v a head).
+        transpose: stored [in, out] (GPT-2); ``rows`` then counts columns of the stored tensor.
+    """
 
     name: str
     rows: tuple[int, int] | None = None
+    every: int | None = None
     transpose: bool = False
 
 
@@ -177,11 +202,29 @@ WeightMap: TypeAlias = Mapping[str, WeightRef]
 
 embed.weight, positions.weight, final_norm.{weight,bias}, head.{weight,bias}, and for each layer i
 layers.i.{mixer_norm_before,mixer_norm_after,ffn_norm_before,ffn_norm_after}.{weight,bias},
-layers.i.attention.{q,k,v,out}.{weight,bias}, layers.i.attention.{q_norm,k_norm}.weight,
+layers.i.attention.{q,k,v,out}.{weight,bias}, layers.i.attention.{q_norm,k_norm}.{weight,bias},
 layers.i.attention.sinks, layers.i.mlp.{gate,up,down}.{weight,bias},
 layers.i.moe.router.weight, layers.i.moe.experts.e.{gate,up,down}.weight, layers.i.moe.shared.{gate,up,down}.weight,
 layers.i.moe.shared_gate.weight.
 """
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelDefinition:
+    """What a family makes of a checkpoint's config: the model as data, and where its parameters lie."""
+
+    spec: DecoderSpec
+    weights: WeightMap
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DecoderEnv:
+    """Where a decoder runs: torch device string and dtype name, and the linear kernels to try, in order, before
+    the plain one."""
+
+    device: str
+    dtype: str
+    linear_kernels: tuple[type[LinearKernel], ...] = ()
 
 
 class StepContext(Protocol):

@@ -1,0 +1,108 @@
+"""Memory of the engine's own: anonymous mappings that torch tensors are views of.
+
+The allocator of the host process never sees weights or KV: what an engine took goes back to the system when it
+is closed, whatever the process's heap looks like by then.
+"""
+
+from __future__ import annotations
+
+import math
+import mmap
+import sys
+import weakref
+from collections.abc import Sequence
+
+import torch
+
+CHUNK_BYTES = 2**20
+ALIGNMENT = 64
+
+
+class Arena:
+    """Anonymous mappings, handed out as zeroed CPU tensors; memory is only taken once it is touched.
+
+    A mapping goes back to the system when the last tensor in it dies. Large tensors have a mapping each, small
+    ones share one. Not thread-safe: one engine, one thread at a time.
+
+    Args:
+        huge_pages: ask for transparent huge pages: for weights, which are all touched; not for KV, of which a
+            little may be used.
+    """
+
+    __slots__ = ("_chunk", "_closed", "_huge_pages", "_regions", "_used", "allocated_bytes")
+
+    def __init__(self, *, huge_pages: bool = False) -> None:
+        self._huge_pages = huge_pages
+        self._regions: list[weakref.ref[mmap.mmap]] = []
+        self._chunk: mmap.mmap | None = None
+        self._used = 0
+        self._closed = False
+        self.allocated_bytes = 0
+
+    def allocate(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        """A zeroed, contiguous tensor, its data aligned to 64 bytes.
+
+        Raises:
+            ValueError: the arena is closed.
+            OSError: the system gives no address space.
+        """
+        if self._closed:
+            raise ValueError("this arena is closed; make a new one")
+        count = math.prod(shape)
+        if count == 0:
+            return torch.empty(tuple(shape), dtype=dtype, device="cpu")
+        size = count * dtype.itemsize
+        self.allocated_bytes += size
+        region, offset = self._place(size)
+        # frombuffer keeps a reference to the mapping; the mapping unmaps itself when that one is gone.
+        return torch.frombuffer(region, dtype=dtype, count=count, offset=offset).view(tuple(shape))
+
+    def close(self) -> None:
+        """Give all pages back at once; the address range goes with the last tensor. Idempotent.
+
+        A tensor that outlives its arena stays valid memory, and reads zeros.
+        """
+        self._closed = True
+        self._chunk = None
+        for reference in self._regions:
+            region = reference()
+            if region is not None:
+                _advise(region, "MADV_DONTNEED")
+        self._regions.clear()
+        self.allocated_bytes = 0
+
+    def _place(self, size: int) -> tuple[mmap.mmap, int]:
+        if size >= CHUNK_BYTES:
+            return self._map(size), 0
+        offset = -(-self._used // ALIGNMENT) * ALIGNMENT
+        if self._chunk is None or offset + size > CHUNK_BYTES:
+            self._chunk, offset = self._map(CHUNK_BYTES), 0
+        self._used = offset + size
+        return self._chunk, offset
+
+    def _map(self, size: int) -> mmap.mmap:
+        region = anonymous_mapping(size)
+        if self._huge_pages:
+            _advise(region, "MADV_HUGEPAGE")
+        self._regions.append(weakref.ref(region))
+        return region
+
+
+def anonymous_mapping(size: int) -> mmap.mmap:
+    """``size`` bytes of zeroed memory that no one else sees; address space only until touched."""
+    if sys.platform == "win32":
+        return mmap.mmap(-1, size)
+    # Without NORESERVE the kernel may refuse a mapping larger than free memory that will never be filled.
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)
+    return mmap.mmap(-1, size, flags=flags, prot=mmap.PROT_READ | mmap.PROT_WRITE)
+
+
+def _advise(region: mmap.mmap, name: str) -> None:
+    """madvise(2) with the advice ``name``; nothing where the system does not know it."""
+    advice = getattr(mmap, name, None)
+    if advice is None:
+        return
+    try:
+        region.madvise(advice)
+    except OSError:
+        return  # advice only: a kernel without transparent huge pages says EINVAL

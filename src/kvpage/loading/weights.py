@@ -1,0 +1,234 @@
+"""From a checkpoint's tensors to a decoder's weights: names, shapes, dtype, merging; one slice at a time.
+
+Peak memory is the weights plus one slice: q, k and v (gate and up) are read straight into their rows of one
+merged tensor, and the file's pages are let go behind the copy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import groupby
+
+import torch
+
+from kvpage.api.model import ModelDefinition, WeightRef
+from kvpage.api.parameters import Parameter, parameters
+from kvpage.api.quant import CheckpointView, Dense, WeightForm
+from kvpage.errors import CheckpointError
+from kvpage.loading.memory import Arena
+
+FLOATS = frozenset({"float64", "float32", "float16", "bfloat16"})
+KNOWN_BUFFERS = (".inv_freq", ".masked_bias", ".attn.bias", "position_ids")
+TRANSPOSE_ROWS = 64
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedWeights:
+    """``weights``: kvpage's parameter name -> form. ``warnings``: sentences for the log."""
+
+    weights: Mapping[str, WeightForm]
+    warnings: tuple[str, ...]
+
+
+def load_weights(
+    definition: ModelDefinition,
+    view: CheckpointView,
+    *,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    arena: Arena,
+    progress: Callable[[int, int], None] | None = None,
+) -> LoadedWeights:
+    """Every parameter of ``definition``, in ``dtype`` on ``device``; CPU memory comes from ``arena``.
+
+    Tensors of a shared view that already have ``dtype`` and ``device`` are taken as they are. Where the head is
+    tied but the checkpoint has a head that differs from the embedding, the head is loaded too, as "head.weight".
+
+    Args:
+        progress: called with (bytes so far, bytes in all) of the weights in ``dtype``.
+
+    Raises:
+        CheckpointError: a tensor is missing, or has another shape, or no float dtype.
+    """
+    loader = _Loader(definition, view, dtype, torch.device(device), arena, progress)
+    return loader.load()
+
+
+class _Loader:
+    def __init__(
+        self,
+        definition: ModelDefinition,
+        view: CheckpointView,
+        dtype: torch.dtype,
+        device: torch.device,
+        arena: Arena,
+        progress: Callable[[int, int], None] | None,
+    ) -> None:
+        self._view, self._dtype, self._device, self._arena, self._progress = view, dtype, device, arena, progress
+        self._names = view.names()
+        self._parameters = list(parameters(definition.spec))
+        self._refs = {name: _present(ref, self._names) for name, ref in definition.weights.items()}
+        if definition.spec.head.tied:
+            self._untie()
+        self._total = sum(_count(parameter) for parameter in self._parameters) * dtype.itemsize
+        self._done = 0
+        # float32 on a CPU: oneDNN multiplies by a weight stored [in, out] up to twice as fast for few rows.
+        self._store_transposed = self._device.type == "cpu" and dtype == torch.float32
+
+    def load(self) -> LoadedWeights:
+        for parameter in self._parameters:
+            self._check(parameter)
+        weights: dict[str, WeightForm] = {}
+        for _, members in groupby(self._parameters, key=lambda parameter: parameter.block):
+            block = list(members)
+            tensors = self._share(block) or self._copy(block)
+            weights.update((part.name, Dense(tensor)) for part, tensor in zip(block, tensors, strict=True))
+            self._done += sum(_count(part) for part in block) * self._dtype.itemsize
+            if self._progress is not None:
+                self._progress(self._done, self._total)
+        return LoadedWeights(weights, tuple(self._unused()))
+
+    def _untie(self) -> None:
+        """Follow what the checkpoint holds where its config says that the head is the embedding."""
+        embed, head = self._refs["embed.weight"], self._refs.get("head.weight")
+        if head is None or head.name not in self._names:
+            return
+        if embed.name not in self._names:
+            self._refs["embed.weight"] = head
+        elif not self._equal(embed.name, head.name):
+            shape = next(part.shape for part in self._parameters if part.name == "embed.weight")
+            self._parameters.append(Parameter("head.weight", shape, "linear", "head.weight"))
+
+    def _equal(self, first: str, second: str) -> bool:
+        if self._view.info(first) != self._view.info(second):
+            return False
+        rows = self._view.info(first).shape[0]
+        pairs = zip(self._view.slices(first, 0, rows), self._view.slices(second, 0, rows), strict=True)
+        return all(a.data_ptr() == b.data_ptr() or torch.equal(a, b) for a, b in pairs)
+
+    def _check(self, parameter: Parameter) -> None:
+        ref = self._refs[parameter.name]
+        if ref.name not in self._names:
+            raise CheckpointError(
+                f"{self._view.where(ref.name)}: tensor {ref.name!r} of shape {list(parameter.shape)} is missing; "
+                "the checkpoint is incomplete, or its config.json belongs to another model"
+            )
+        info = self._view.info(ref.name)
+        if not _fits(info.shape, ref, parameter.shape):
+            place = "" if ref.rows is None else f" in outputs {ref.rows[0]} to {ref.rows[1]}"
+            expected = list(parameter.shape[::-1] if ref.transpose else parameter.shape)
+            raise CheckpointError(
+                f"{self._view.where(ref.name)}: tensor {ref.name!r} should have shape {expected}{place} by config.json, "
+                f"found {list(info.shape)}; config.json and weights are not of one model"
+            )
+        if info.dtype not in FLOATS:
+            raise CheckpointError(
+                f"{self._view.where(ref.name)}: tensor {ref.name!r} is {info.dtype}; weights are expected as "
+                f"{', '.join(sorted(FLOATS))} (quantized checkpoints need a quantization_config and its plugin)"
+            )
+
+    def _share(self, block: list[Parameter]) -> list[torch.Tensor] | None:
+        """The view's own tensors where they can be used as they are."""
+        if not self._view.shared:
+            return None
+        tensors = []
+        for parameter in block:
+            ref = self._refs[parameter.name]
+            tensor = self._view.read(ref.name).detach()
+            if ref.every is not None or tensor.dtype != self._dtype or tensor.device != self._device:
+                return None
+            tensor = tensor.t() if ref.transpose else tensor
+            tensors.append(tensor if ref.rows is None else tensor[ref.rows[0] : ref.rows[1]])
+        return tensors
+
+    def _copy(self, block: list[Parameter]) -> list[torch.Tensor]:
+        """A tensor for the whole block, and each part read into its rows."""
+        rows = sum(part.shape[0] for part in block)
+        rest = block[0].shape[1:]
+        if block[0].kind == "linear" and self._store_transposed:
+            merged = self._allocate((*rest, rows)).t()
+        else:
+            merged = self._allocate((rows, *rest))
+        parts = list(merged.split([part.shape[0] for part in block]))
+        for parameter, target in zip(block, parts, strict=True):
+            self._fill(target, self._refs[parameter.name])
+        return parts
+
+    def _allocate(self, shape: tuple[int, ...]) -> torch.Tensor:
+        if self._device.type == "cpu":
+            return self._arena.allocate(shape, self._dtype)
+        return torch.empty(shape, dtype=self._dtype, device=self._device)
+
+    def _fill(self, target: torch.Tensor, ref: WeightRef) -> None:
+        """Read ``ref`` into ``target`` [out, ...], in any strides."""
+        stored = self._view.info(ref.name).shape
+        if ref.transpose:
+            columns = _columns(ref, stored[1])
+            at = 0
+            for piece in self._view.slices(ref.name, 0, stored[0]):
+                _copy_rows(target.t()[at : at + piece.shape[0]], piece[:, columns])
+                at += piece.shape[0]
+            return
+        at = 0
+        for start, stop in _ranges(ref, stored[0]):
+            for piece in self._view.slices(ref.name, start, stop):
+                _copy_rows(target[at : at + piece.shape[0]], piece)
+                at += piece.shape[0]
+
+    def _unused(self) -> Iterator[str]:
+        used = {ref.name for ref in self._refs.values()}
+        unused = sorted(name for name in self._names if name not in used and not name.endswith(KNOWN_BUFFERS))
+        if unused:
+            some = ", ".join(unused[:4]) + (" ..." if len(unused) > 4 else "")
+            yield f"{len(unused)} tensors of the checkpoint are not used by this model: {some}"
+
+
+def _present(ref: WeightRef, names: Collection[str]) -> WeightRef:
+    """``ref``, or the same without the leading "model." where the checkpoint was saved from the bare model."""
+    bare = ref.name.removeprefix("model.")
+    if ref.name in names or bare not in names:
+        return ref
+    return WeightRef(name=bare, rows=ref.rows, every=ref.every, transpose=ref.transpose)
+
+
+def _count(parameter: Parameter) -> int:
+    count = 1
+    for size in parameter.shape:
+        count *= size
+    return count
+
+
+def _fits(stored: tuple[int, ...], ref: WeightRef, shape: tuple[int, ...]) -> bool:
+    outputs_first = stored[::-1] if ref.transpose else stored
+    if ref.rows is None:
+        return outputs_first == shape
+    if outputs_first[1:] != shape[1:] or not outputs_first:
+        return False
+    return sum(stop - start for start, stop in _ranges(ref, outputs_first[0])) == shape[0]
+
+
+def _ranges(ref: WeightRef, outputs: int) -> list[tuple[int, int]]:
+    """The outputs of ``ref`` within a tensor that has ``outputs``; those beyond it are left out."""
+    if ref.rows is None:
+        return [(0, outputs)]
+    start, stop = ref.rows
+    if ref.every is None:
+        return [(start, stop)] if stop <= outputs else []
+    return [(base + start, base + stop) for base in range(0, outputs - ref.every + 1, ref.every)]
+
+
+def _columns(ref: WeightRef, outputs: int) -> torch.Tensor | slice:
+    ranges = _ranges(ref, outputs)
+    if len(ranges) == 1:
+        return slice(*ranges[0])
+    return torch.cat([torch.arange(start, stop, device="cpu") for start, stop in ranges])
+
+
+def _copy_rows(target: torch.Tensor, piece: torch.Tensor) -> None:
+    """target.copy_(piece); into a transposed target a few rows at a time, so that both sides stay in cache."""
+    if target.dim() == 2 and target.stride(0) < target.stride(1):
+        for start in range(0, piece.shape[0], TRANSPOSE_ROWS):
+            target[start : start + TRANSPOSE_ROWS].copy_(piece[start : start + TRANSPOSE_ROWS])
+    else:
+        target.copy_(piece)

@@ -1,0 +1,240 @@
+"""A typed reader of config.json and generation_config.json: stdlib only, and no one else's config classes.
+
+It reads what transformers 4 and 5 write: ``rope_theta`` + ``rope_scaling`` or ``rope_parameters``, ``torch_dtype``
+or ``dtype``, and the text part of a multimodal config under ``text_config``.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar, overload
+
+from kvpage.errors import CheckpointError
+
+T = TypeVar("T")
+D = TypeVar("D")
+
+MAX_JSON_BYTES = 64 * 2**20
+
+
+class _Required:
+    """The type of ``get``'s default where a key must be there."""
+
+
+_REQUIRED = _Required()
+
+
+class HFConfig:
+    """One checkpoint's config; every read says what type it expects.
+
+    ``source`` names the file (or object) in error messages. A key that holds null counts as absent, except to
+    ``in``.
+    """
+
+    def __init__(self, data: Mapping[str, Any], *, source: str = "config") -> None:
+        self.source = source
+        text = data.get("text_config")
+        merged = dict(data)
+        if isinstance(text, Mapping):
+            merged.update(text)
+            if "architectures" in data:
+                merged["architectures"] = data["architectures"]
+        self._data = merged
+
+    @classmethod
+    def from_folder(cls, folder: Path) -> HFConfig:
+        """Read ``folder``/config.json.
+
+        Raises:
+            CheckpointError: no such file, not JSON, not an object.
+        """
+        path = folder / "config.json"
+        if not path.is_file():
+            raise CheckpointError(
+                f"{folder} has no config.json; give the folder of a checkpoint in Hugging Face layout "
+                "(config.json, *.safetensors, tokenizer files)"
+            )
+        return cls(read_json_object(path), source=str(path))
+
+    @classmethod
+    def from_object(cls, config: Any) -> HFConfig:
+        """Read a transformers config object."""
+        return cls(config.to_dict(), source=type(config).__name__)
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._data
+
+    @overload
+    def get(self, kind: type[T], key: str) -> T: ...
+
+    @overload
+    def get(self, kind: type[T], key: str, default: D) -> T | D: ...
+
+    def get(self, kind: type[Any], key: str, default: Any = _REQUIRED) -> Any:
+        """The value of ``key`` as ``kind`` (int, float, bool, str, list, dict).
+
+        An int is also a float, and a whole float an int; a bool is neither.
+
+        Raises:
+            CheckpointError: the key is absent and has no default, or holds another type.
+        """
+        value = self._data.get(key)
+        if value is None:
+            if isinstance(default, _Required):
+                raise CheckpointError(f"{self.source}: key {key!r} is missing, a {kind.__name__} is expected")
+            return default
+        return self.typed(kind, key, value)
+
+    def typed(self, kind: type[Any], key: str, value: Any) -> Any:
+        """``value`` as ``kind``; ``key`` is where it was found, for the message."""
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if kind is float and number:
+            return float(value)
+        if kind is int and number and value == int(value):
+            return int(value)
+        if kind not in (int, float) and isinstance(value, kind):
+            return value
+        raise CheckpointError(f"{self.source}: key {key!r} must be a {kind.__name__}, found {value!r:.80}")
+
+    def count(self, key: str, default: int | None = None) -> int:
+        """A whole number of at least 1 (a size); absent with ``default=None`` is an error."""
+        value = self.get(int, key) if default is None else self.get(int, key, default)
+        if value < 1:
+            raise CheckpointError(f"{self.source}: key {key!r} must be at least 1, found {value}")
+        return value
+
+    @property
+    def architectures(self) -> tuple[str, ...]:
+        """Class names the checkpoint states ("LlamaForCausalLM"); may be empty."""
+        return tuple(self.typed(str, "architectures", name) for name in self.get(list, "architectures", []))
+
+    @property
+    def model_type(self) -> str | None:
+        """transformers' model_type ("llama")."""
+        return self.get(str, "model_type", None)
+
+    @property
+    def dtype(self) -> str | None:
+        """The dtype the checkpoint was saved in ("bfloat16"), from ``dtype`` or ``torch_dtype``."""
+        value = self.get(str, "dtype", None) or self.get(str, "torch_dtype", None)
+        return None if value is None else value.removeprefix("torch.")
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """Tokens that end a text, by config.json; generation_config.json may say otherwise."""
+        return token_ids(self._data.get("eos_token_id"))
+
+    @property
+    def bos_token_id(self) -> int | None:
+        """The token that begins a text."""
+        ids = token_ids(self._data.get("bos_token_id"))
+        return ids[0] if ids else None
+
+    @property
+    def quantization(self) -> Mapping[str, Any] | None:
+        """``quantization_config`` as it stands; ``None`` for plain weights."""
+        found = self.get(dict, "quantization_config", None)
+        return None if found is None else dict(found)
+
+    def rope_parameters(self, layer_type: str | None = None) -> dict[str, Any]:
+        """What the checkpoint says about rope, in transformers 5's form, at least rope_type and rope_theta.
+
+        ``layer_type``: which entry to read where there is one a layer type ("full_attention").
+        """
+        found = self.get(dict, "rope_parameters", None) or self.get(dict, "rope_scaling", None) or {}
+        nested = {key: value for key, value in found.items() if isinstance(value, Mapping)}
+        if nested:
+            if layer_type not in nested:
+                raise CheckpointError(
+                    f"{self.source}: rope_parameters has {', '.join(sorted(nested))}, not {layer_type!r}"
+                )
+            found = dict(nested[layer_type])
+        values = {key: value for key, value in found.items() if value is not None}
+        values["rope_type"] = self.typed(str, "rope_type", values.get("rope_type", values.get("type", "default")))
+        values.pop("type", None)
+        theta = values.get("rope_theta")
+        values["rope_theta"] = (
+            self.get(float, "rope_theta", 10000.0) if theta is None else self.typed(float, "rope_theta", theta)
+        )
+        partial = self.get(float, "partial_rotary_factor", None)
+        if partial is not None:
+            values.setdefault("partial_rotary_factor", partial)
+        trained = self.get(int, "original_max_position_embeddings", None)
+        if trained is not None:
+            values["original_max_position_embeddings"] = trained
+        return values
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GenerationDefaults:
+    """Sampling defaults that a checkpoint states in generation_config.json; ``None`` = it does not say."""
+
+    do_sample: bool | None = None
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    max_new_tokens: int | None = None
+    eos_token_ids: tuple[int, ...] = ()
+
+    @classmethod
+    def from_folder(cls, folder: Path) -> GenerationDefaults:
+        """Read ``folder``/generation_config.json; a missing or unreadable file states nothing."""
+        try:
+            return cls.from_dict(read_json_object(folder / "generation_config.json"))
+        except CheckpointError:
+            return cls()
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> GenerationDefaults:
+        """Read the keys above; a value of another type states nothing."""
+
+        def number(key: str) -> float | None:
+            value = data.get(key)
+            return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
+
+        def whole(key: str) -> int | None:
+            value = number(key)
+            return int(value) if value is not None and value.is_integer() else None
+
+        sample = data.get("do_sample")
+        return cls(
+            do_sample=sample if isinstance(sample, bool) else None,
+            temperature=number("temperature"),
+            top_k=whole("top_k"),
+            top_p=number("top_p"),
+            min_p=number("min_p"),
+            repetition_penalty=number("repetition_penalty"),
+            max_new_tokens=whole("max_new_tokens"),
+            eos_token_ids=token_ids(data.get("eos_token_id")),
+        )
+
+
+def token_ids(value: object) -> tuple[int, ...]:
+    """Token ids of a config value that may be one id, a list of ids, null or junk; junk gives ()."""
+    values = value if isinstance(value, list) else [value]
+    return tuple(item for item in values if isinstance(item, int) and not isinstance(item, bool) and item >= 0)
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """The JSON object in ``path``.
+
+    Raises:
+        CheckpointError: unreadable, larger than 64 MiB, not JSON, or not an object.
+    """
+    try:
+        size = path.stat().st_size
+        if size > MAX_JSON_BYTES:
+            raise CheckpointError(f"{path} has {size} bytes, at most {MAX_JSON_BYTES} are read; is it the right file?")
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is not valid JSON: {error}; download the checkpoint again") from error
+    if not isinstance(data, dict):
+        raise CheckpointError(f"{path} must hold a JSON object, found a {type(data).__name__}")
+    return data
