@@ -1,0 +1,143 @@
+"""``kvpage generate``: prompts in, text out as it is made."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from kvpage.cli.engine_flags import add_engine_flags, add_sampling_flags, sampling_params
+from kvpage.cli.main import OK
+from kvpage.cli.parser import CommandParser
+from kvpage.cli.session import Stopwatch, chat_prompt, follow, has_chat_template, open_engine, speed_note
+from kvpage.errors import RequestError
+from kvpage.outputs import Logprob, PositionLogprobs, RequestOutput
+
+if TYPE_CHECKING:
+    from kvpage.engine.engine import Engine, RequestHandle
+
+DESCRIPTION = """\
+Answer or continue prompts. A model with a chat template is asked each prompt as a question; --raw continues the text
+instead. Without a prompt, stdin is the prompt. Several prompts run in one batch and are printed in order."""
+
+DEFAULT_MAX_TOKENS = 512
+
+
+def run(arguments: Sequence[str]) -> int:
+    """The command."""
+    namespace = make_parser().parse_arguments(arguments)
+    params = sampling_params(namespace, max_tokens=DEFAULT_MAX_TOKENS)
+    prompts = read_prompts(namespace.prompts)
+    with open_engine(namespace) as engine:
+        chat = namespace.chat or (not namespace.raw and has_chat_template(engine))
+        watch = Stopwatch()
+        handles = [engine.submit(_prompt(engine, text, namespace, chat), params) for text in prompts]
+        if namespace.json:
+            for handle in handles:
+                print(json.dumps(output_as_dict(handle.result()), ensure_ascii=False), flush=True)
+        else:
+            print_texts(engine, prompts, handles)
+        if namespace.stats:
+            print(speed_note([handle.output for handle in handles], watch.seconds), file=sys.stderr)
+    return OK
+
+
+def make_parser() -> CommandParser:
+    """The flags of the command."""
+    parser = CommandParser("kvpage generate", DESCRIPTION)
+    parser.add_argument("prompts", metavar="PROMPT", nargs="*", help="text; - is stdin")
+    parser.add_argument(
+        "--model", metavar="MODEL", help="folder, hub id, or demo, which comes with kvpage [demo]"
+    )
+    style = parser.add_mutually_exclusive_group()
+    style.add_argument(
+        "--chat", action="store_true", help="ask through the chat template; an error if there is none"
+    )
+    style.add_argument("--raw", action="store_true", help="continue the text as it stands")
+    parser.add_argument("--system", metavar="TEXT", help="a system message before each question")
+    parser.add_argument("--stats", action="store_true", help="tokens and times on stderr at the end")
+    parser.add_argument("--json", action="store_true", help="a JSON object a prompt, when it is finished")
+    add_sampling_flags(parser)
+    add_engine_flags(parser, skip=("seed",))
+    return parser
+
+
+def read_prompts(arguments: Sequence[str]) -> list[str]:
+    """The prompts of the command line; stdin for "-", or where there are none.
+
+    Raises:
+        RequestError: none was given and nothing is piped in.
+    """
+    if not arguments and sys.stdin.isatty():
+        raise RequestError(
+            'no prompt: kvpage generate "What is a KV cache?", or pipe a text in', param="prompt"
+        )
+    return [sys.stdin.read() if text == "-" else text for text in arguments or ("-",)]
+
+
+def print_texts(engine: Engine, prompts: Sequence[str], handles: Sequence[RequestHandle]) -> None:
+    """Every choice of every prompt in order, each as it grows; headed where there is more than one."""
+    several = len(handles) > 1 or len(handles[0].output.outputs) > 1
+    for prompt, handle in zip(prompts, handles, strict=True):
+        for choice in range(len(handle.output.outputs)):
+            if several:
+                print(f"==> {_short(prompt)}{f' [{choice}]' if len(handle.output.outputs) > 1 else ''}")
+            follow(engine, handle, choice, lambda text: print(text, end="", flush=True))
+            print()
+
+
+def output_as_dict(output: RequestOutput) -> dict[str, Any]:
+    """A RequestOutput as plain data for JSON."""
+    metrics = output.metrics
+    data: dict[str, Any] = {
+        "request_id": output.request_id,
+        "prompt": output.prompt,
+        "prompt_tokens": len(output.prompt_token_ids),
+        "outputs": [
+            {
+                "index": choice.index,
+                "text": choice.text,
+                "token_ids": choice.token_ids,
+                "finish_reason": choice.finish_reason,
+                "stop_reason": choice.stop_reason,
+                **({} if choice.logprobs is None else {"logprobs": [*_logprobs(choice.logprobs)]}),
+            }
+            for choice in output.outputs
+        ],
+        "metrics": {
+            "queued": metrics.queued,
+            "prefill": metrics.prefill,
+            "decode": metrics.decode,
+            "cached_tokens": metrics.cached_tokens,
+            "preemptions": metrics.preemptions,
+        },
+    }
+    if output.prompt_logprobs is not None:
+        data["prompt_logprobs"] = [*_logprobs(output.prompt_logprobs)]
+    return data
+
+
+def _logprobs(positions: Sequence[PositionLogprobs | None]) -> Iterator[dict[str, Any] | None]:
+    def entry(candidate: Logprob) -> dict[str, Any]:
+        return {
+            "logprob": candidate.logprob,
+            "rank": candidate.rank,
+            "decoded_token": candidate.decoded_token,
+        }
+
+    for position in positions:
+        yield None if position is None else {str(token): entry(found) for token, found in position.items()}
+
+
+def _prompt(engine: Engine, text: str, namespace: argparse.Namespace, chat: bool) -> Any:
+    if not chat:
+        return text if not namespace.system else f"{namespace.system}\n\n{text}"
+    system = [{"role": "system", "content": namespace.system}] if namespace.system else []
+    return chat_prompt(engine, [*system, {"role": "user", "content": text.removesuffix("\n")}])
+
+
+def _short(prompt: str) -> str:
+    line = " ".join(prompt.split())
+    return line if len(line) <= 72 else line[:69] + "..."

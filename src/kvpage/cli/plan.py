@@ -1,0 +1,76 @@
+"""``kvpage plan``: will a model fit. Reads config.json and safetensors headers; loads no torch."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+
+from kvpage.cli.engine_flags import add_engine_flags, add_model_argument, chosen_model, engine_options
+from kvpage.cli.main import NO, OK
+from kvpage.cli.parser import CommandParser
+from kvpage.config import EngineOptions, parse_size
+from kvpage.errors import ConfigError
+from kvpage.inspect.checkpoint import planned_model
+from kvpage.inspect.machine import available_memory, nvidia_gpus
+from kvpage.inspect.plan import Devices, plan_memory
+from kvpage.plugins import PluginRegistry
+
+DESCRIPTION = """\
+Weights, KV bytes a token, blocks, how many sequences of what length fit; and which flag to turn where they do not.
+Reads the config and the headers of the files only. Exit status: 0 it fits, 1 it does not, 2 the question is wrong."""
+
+SMALLEST_DEVICE = 2**27
+"""Less than this is a number whose unit was forgotten."""
+
+
+def run(arguments: Sequence[str]) -> int:
+    """The command."""
+    parser = CommandParser("kvpage plan", DESCRIPTION)
+    add_model_argument(parser)
+    devices = parser.add_argument_group("devices (default: those of this machine)")
+    devices.add_argument("--gpu", metavar="SIZE", help="memory of each GPU, such as 80GB or 80GiB")
+    devices.add_argument(
+        "--memory", metavar="SIZE", help="memory of each device; with --device cpu, of the machine"
+    )
+    devices.add_argument("-tp", "--tensor-parallel-size", dest="ranks", type=int, default=1, metavar="N",
+                         help="devices that the model is split over [1]")  # fmt: skip
+    parser.add_argument("--json", action="store_true", help="every number, as JSON")
+    add_engine_flags(parser, skip=("tensor_parallel_size",))
+    namespace = parser.parse_arguments(arguments)
+    options = EngineOptions(model=chosen_model(namespace), **engine_options(namespace))
+    plan = plan_memory(planned_model(options, PluginRegistry()), options, planned_devices(namespace, options))
+    print(json.dumps(plan.to_dict(), indent=2) if namespace.json else plan.to_text())
+    return OK if plan.fits else NO
+
+
+def planned_devices(namespace: argparse.Namespace, options: EngineOptions) -> Devices:
+    """The devices that the flags describe, or those of this machine.
+
+    Raises:
+        ConfigError: the flags contradict each other, or a size is no device's.
+    """
+    kind = options.device.partition(":")[0]
+    given = namespace.gpu or namespace.memory
+    if namespace.gpu and (kind == "cpu" or namespace.memory):
+        other = "--device cpu" if kind == "cpu" else f"--memory {namespace.memory}"
+        raise ConfigError(f"--gpu {namespace.gpu} and {other} contradict each other: leave one out")
+    if namespace.ranks < 1:
+        raise ConfigError(f"-tp must be at least 1, got {namespace.ranks}")
+    if given:
+        size = parse_size(given) or 0
+        if size < SMALLEST_DEVICE:
+            raise ConfigError(
+                f"{given} is {size} bytes, less than any device has: give a unit, such as {given}GB"
+            )
+        if kind == "auto":
+            kind = "cuda" if namespace.gpu else "cpu"
+        return Devices(kind=kind, memory=size, count=namespace.ranks)
+    cards = nvidia_gpus() if kind in ("auto", "cuda") else []
+    if cards:
+        return Devices(kind="cuda", memory=min(size for _, size in cards), count=namespace.ranks)
+    if kind not in ("auto", "cpu"):
+        raise ConfigError(
+            f"device={options.device!r}: none was found here; say what to plan for, such as --gpu 80GB"
+        )
+    return Devices(kind="cpu", memory=available_memory(), count=namespace.ranks)

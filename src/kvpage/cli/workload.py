@@ -1,0 +1,25 @@
+"""Prompts for measurements: random token ids, repeatable from a seed."""
+
+from __future__ import annotations
+
+import argparse
+import random
+from collections.abc import Sequence
+
+from kvpage.cli.engine_flags import chosen_model, engine_options
+from kvpage.config import EngineOptions
+from kvpage.inspect.checkpoint import planned_model
+from kvpage.plugins import PluginRegistry
+
+
+def vocabulary_size(namespace: argparse.Namespace) -> int:
+    """Tokens of the model that the command line names, from its config."""
+    options = EngineOptions(model=chosen_model(namespace), **engine_options(namespace))
+    return planned_model(options, PluginRegistry()).spec.vocab_size
+
+
+def random_prompts(vocabulary: int, lengths: Sequence[int], *, prefix: int, seed: int) -> list[list[int]]:
+    """One prompt a length: ``prefix`` tokens that all have in common, then ``length`` of its own."""
+    numbers = random.Random(seed)
+    common = [numbers.randrange(vocabulary) for _ in range(prefix)]
+    return [[*common, *(numbers.randrange(vocabulary) for _ in range(length))] for length in lengths]
