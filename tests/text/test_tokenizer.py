@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from array import array
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import pre_tokenizers, processors
 
 from kvpage.errors import CheckpointError, RequestError
+from kvpage.text.detokenizer import Detokenizer
 from kvpage.text.tokenizer import FastTokenizer, load_tokenizer, wrap_tokenizer
 
 TEXTS = [
@@ -173,8 +175,10 @@ def test_chat_templates_are_found_wherever_they_are_stored(
         (folder / "additional_chat_templates" / "tool_use.jinja").write_text("tools")
     tokenizer = load_tokenizer(folder)
     assert tokenizer.chat_template == "main"
-    assert tokenizer.chat_templates.get("tool_use") == ("tools" if stored in ("list", "files") else None)
-    assert oracle(folder).get_chat_template() == "main"
+    theirs = oracle(folder)
+    assert tokenizer.chat_template_for(tools=False) == theirs.get_chat_template() == "main"
+    expected = "tools" if stored in ("list", "files") else "main"
+    assert tokenizer.chat_template_for(tools=True) == theirs.get_chat_template(tools=[{}]) == expected
 
 
 def test_model_without_template_has_none(tmp_path: Path, backends: dict[str, Backend]) -> None:
@@ -243,6 +247,53 @@ def test_damaged_tokenizer_config_is_named(
     (folder / "tokenizer_config.json").write_text(content)
     with pytest.raises(CheckpointError, match=r"tokenizer_config\.json"):
         load_tokenizer(folder)
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        {"chat_template": [{"name": "default"}]},
+        {"chat_template": 3},
+        {"added_tokens_decoder": {"x": {"content": "<x>"}}},
+        {"added_tokens_decoder": {"999": "<x>"}},
+        {"extra_special_tokens": 5},
+    ],
+)
+def test_config_entry_of_the_wrong_form_is_a_checkpoint_error(
+    tmp_path: Path, backends: dict[str, Backend], entry: dict[str, Any]
+) -> None:
+    with pytest.raises(CheckpointError, match=r"tokenizer_config\.json"):
+        load_tokenizer(save(tmp_path / "model", backends["byte_level"], **entry))
+
+
+def test_folder_that_transformers_saved_loads_the_same(tmp_path: Path, backends: dict[str, Backend]) -> None:
+    from transformers import PreTrainedTokenizerFast
+
+    theirs = PreTrainedTokenizerFast(
+        tokenizer_object=backends["llama2"],
+        **SPECIALS,
+        pad_token="<pad>",
+        extra_special_tokens=["<x>"],
+        model_specific_special_tokens={"image_token": "<img>"},
+        chat_template="{{ bos_token }}",
+    )
+    theirs.save_pretrained(tmp_path)
+    ours = load_tokenizer(tmp_path)
+    text = "a b<x> <img><pad>  x"
+    assert ours.encode(text) == theirs.encode(text)
+    assert ours.decode(ours.encode(text)) == theirs.decode(theirs.encode(text), skip_special_tokens=True)
+    assert (ours.vocab_size, ours.chat_template) == (len(theirs), theirs.chat_template)
+    assert ours.special_tokens.items() >= {"pad_token": "<pad>", "image_token": "<img>", **SPECIALS}.items()
+
+
+def test_ids_may_come_in_any_sequence(backends: dict[str, Backend]) -> None:
+    for name in ("byte_level", "llama2", "suffixed"):
+        tokenizer = fast(backends[name])
+        ids = tokenizer.encode("The block pool", add_special_tokens=False)
+        for given in (tuple(ids), array("i", ids)):
+            assert tokenizer.decode(given) == tokenizer.decode(ids)
+            detokenizer = Detokenizer(tokenizer, given)
+            assert detokenizer.push(given) + detokenizer.flush() != ""
 
 
 def test_tokenizer_code_runs_only_when_trusted(tmp_path: Path) -> None:

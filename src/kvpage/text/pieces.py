@@ -57,8 +57,10 @@ class ByteLevelPieces(PieceTable):
     """
 
     def _read(self, token: str) -> Piece:
+        if token.isascii():  # stands for itself either way
+            return token
         try:
-            data = bytes([BYTE_OF_CHARACTER[character] for character in token])
+            data = bytes(map(BYTE_OF_CHARACTER.__getitem__, token))
         except KeyError:
             return token
         try:

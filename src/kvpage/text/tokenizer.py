@@ -19,6 +19,7 @@ from kvpage.text.pieces import PieceTable, read_pieces
 DEFAULT_TEMPLATE = "default"
 TOOL_TEMPLATE = "tool_use"
 TOKENIZER_FILE = "tokenizer.json"
+CONFIG_FILE = "tokenizer_config.json"
 SLOW_FILES = ("tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tiktoken.model", "tekken.json")
 WAY_OUT = "give tokenizer=... (a folder that has one), or skip_tokenizer_init=True and prompts as token ids"
 
@@ -47,6 +48,10 @@ class Tokenizer(ABC):
         if len(self.chat_templates) == 1:
             return next(iter(self.chat_templates.values()))
         return self.chat_templates.get(DEFAULT_TEMPLATE)
+
+    def chat_template_for(self, *, tools: bool) -> str | None:
+        """The template for a request with or without tools, as transformers picks it: "tool_use" where there is one."""
+        return self.chat_templates.get(TOOL_TEMPLATE, self.chat_template) if tools else self.chat_template
 
     @abstractmethod
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
@@ -230,7 +235,7 @@ def load_tokenizer(
         folder = folder.parent
     if not folder.is_dir():
         raise CheckpointError(f"no tokenizer: {folder} is not a folder: {WAY_OUT}")
-    config = _read_json(folder / "tokenizer_config.json")
+    config = _read_json(folder / CONFIG_FILE)
     if mode == "auto" and (folder / TOKENIZER_FILE).is_file():
         return _load_fast(folder, config)
     return _load_slow(folder, config, trust_remote_code)
@@ -258,6 +263,17 @@ def _load_fast(folder: Path, config: Mapping[str, Any]) -> Tokenizer:
         raise CheckpointError(f"{file} cannot be read ({error}): fetch it again, or {WAY_OUT}") from error
     backend.no_truncation()
     backend.no_padding()
+    try:
+        return _configured(backend, folder, config)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"{folder / CONFIG_FILE} holds an entry of the wrong form ({type(error).__name__}: {error}): "
+            f"fetch it again, or {WAY_OUT}"
+        ) from error
+
+
+def _configured(backend: Backend, folder: Path, config: Mapping[str, Any]) -> Tokenizer:
+    """The tokenizer with what tokenizer_config.json says about special tokens and templates."""
     if "added_tokens_decoder" not in config:
         config = {**config, **_read_json(folder / "special_tokens_map.json")}
     special_tokens = {name: text for name, value in config.items() if (text := _special_token(name, value))}
