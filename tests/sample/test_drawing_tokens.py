@@ -74,6 +74,13 @@ def test_top_k_keeps_ties_without_end() -> None:
     assert (weights(logits.clone(), shaping(2, top_k=2, top_p=0.5)) > 0).all()
 
 
+def test_top_p_counts_the_mass_of_all_that_tie_within_top_k() -> None:
+    probabilities = torch.full((1, 3001), 0.6 / 3000)
+    probabilities[0, 7] = 0.4
+    assert (weights(probabilities.log(), shaping(1, top_k=2, top_p=0.5)) > 0).all()
+    assert int((weights(probabilities.log(), shaping(1, top_k=2, top_p=0.3)) > 0).sum()) == 1
+
+
 def test_top_p_keeps_the_token_that_crosses_and_what_ties_with_it() -> None:
     logits = torch.tensor([[0.4, 0.2, 0.2, 0.2]]).log()
     for top_p, kept in ((0.3, 1), (0.41, 4), (0.9, 4)):

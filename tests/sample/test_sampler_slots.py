@@ -190,6 +190,17 @@ def test_a_fork_goes_on_as_a_sequence_of_its_own_stream(fields: dict[str, Any]) 
     assert parent.known != child.known
 
 
+def test_a_forks_bad_words_begin_with_its_own_tokens() -> None:
+    made = sampler()
+    made.admit(0, params(temperature=0.0), seed=0, stream=0, token_ids=[1], prompt_length=1, bad_word_ids=[[4, 5]])
+    made.fork(0, 1, stream=1)
+    likeliest = torch.zeros(2, VOCAB)
+    likeliest[0, 4] = likeliest[1, 6] = 1.0
+    assert made.sample(likeliest.clone(), np.array([0, 1])).token_ids == [4, 6]
+    likeliest[:, 5] = 2.0
+    assert made.sample(likeliest.clone(), np.array([1, 0])).token_ids == [5, 6]
+
+
 def test_streams_of_one_seed_are_independent() -> None:
     runs = {tuple(alone(Request(params(), 5, stream, [1], 1), 8)) for stream in range(20)}
     assert len(runs) == 20

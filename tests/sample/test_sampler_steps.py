@@ -144,6 +144,22 @@ def test_frequency_and_presence_penalties_follow_openais_formula() -> None:
     assert max(counts.values()) > 1
 
 
+def test_all_three_penalties_together_look_at_prompt_and_output_each_in_its_way() -> None:
+    prompt, output = [5, 6, 7, 8, 9, 10], list[int]()
+    made = admitted(params(repetition_penalty=1.2, frequency_penalty=-0.3, presence_penalty=0.9), prompt=prompt)
+    oracle = RepetitionPenaltyLogitsProcessor(1.2)
+    for index in range(60):
+        logits = random_row(index % 7)
+        logits[prompt] += 1.0
+        expected = oracle(torch.tensor([[*prompt, *output]]), logits.clone().reshape(1, -1))[0]
+        for token, count in Counter(output).items():
+            expected[token] += count * 0.3 - 0.9
+        output.append(int(expected.argmax()))
+        assert step(made, logits).token_ids == output[-1:]
+    assert set(output) & set(prompt)
+    assert set(output) - set(prompt)
+
+
 def test_penalties_see_many_distinct_tokens() -> None:
     made = admitted(params(presence_penalty=2.0))
     logits = torch.linspace(1.0, 0.0, VOCAB)  # every token within the penalty of every other: each comes once

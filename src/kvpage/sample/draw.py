@@ -127,8 +127,10 @@ def _top_threshold(probabilities: torch.Tensor, rows: Int64Array, shaping: Shapi
     ranks, mass = _column(top_k, device), _column(top_p, device)
     lowest, settled = _cut(_largest(chosen, size), ranks, mass)
     if size < vocab_size and not settled.all():
-        index = (~settled).nonzero().squeeze(-1)
-        lowest[index] = _cut(_largest(chosen[index], vocab_size), ranks[index], mass[index])[0]
+        open_rows = np.flatnonzero(~settled.cpu().numpy())
+        index = torch.from_numpy(open_rows).to(device)
+        whole = _largest(select_rows(chosen, open_rows), vocab_size)
+        lowest[index] = _cut(whole, ranks[index], mass[index])[0]
     if len(rows) == len(probabilities):
         return lowest
     threshold = torch.zeros((len(probabilities), 1), device=device)
@@ -157,7 +159,7 @@ def _cut(head: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor) -> tuple[
     inside = (head >= floor).sum(-1, keepdim=True).clamp_(min=1)  # tokens that top-k keeps, ties included
     target = top_p * torch.where(limited, running.gather(-1, inside - 1), 1.0)
     crossing = torch.searchsorted(running, target).clamp_(max=head.shape[-1] - 1)
-    lowest = torch.where(top_p < 1.0, torch.maximum(head.gather(-1, crossing), floor), floor)
+    lowest = torch.where(top_p < 1.0, head.gather(-1, crossing), floor)  # the target lies within top-k
     settled = ~limited | (inside < head.shape[-1])
     settled &= (top_p == 1.0) | (running[:, -1:] >= target)
     return lowest, (settled | underflown).squeeze(-1)
