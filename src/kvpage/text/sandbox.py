@@ -37,10 +37,24 @@ MAX_BITS = 4096
 
 TEXT_FILTERS = (
     "batch", "capitalize", "center", "e", "escape", "forceescape", "format", "indent", "join", "lower", "pprint",
-    "replace", "slice", "string", "striptags", "sum", "title", "trim", "truncate", "upper", "urlencode", "urlize",
+    "replace", "round", "slice", "string", "striptags", "sum", "title", "trim", "truncate", "upper", "urlencode", "urlize",
     "wordcount", "wordwrap", "xmlattr",
 )  # fmt: skip
-"""jinja2's filters that turn their argument to text or can make much out of little."""
+"""jinja2's filters that turn their argument to text, or can make much out of little."""
+
+INSERTIONS: Mapping[str, Callable[[str, list[Any]], int]] = {
+    "expandtabs": lambda text, given: text.count("\t"),
+    "format": lambda text, given: text.count("%") + text.count("{"),
+    "format_map": lambda text, given: text.count("{"),
+    "indent": lambda text, given: text.count("\n") + 1,
+    "replace": lambda text, given: text.count(str(given[0])) if given else 0,
+    "translate": lambda text, given: len(text),
+    "urlize": lambda text, given: len(text.split()),
+    "wordwrap": lambda text, given: len(text),
+}
+"""How often an operation puts one of its arguments into the text, at most."""
+UNSAFE_ATTRIBUTES = frozenset({"encode", "to_bytes"})
+"""Ways to bytes, which are of no use in a template and whose growth is not measured."""
 
 
 class ChatEnvironment(ImmutableSandboxedEnvironment):
@@ -89,6 +103,9 @@ class ChatEnvironment(ImmutableSandboxedEnvironment):
     def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
         template: nodes.Template = _BoundWork().visit(super()._parse(source, name, filename))
         return template
+
+    def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
+        return attr not in UNSAFE_ATTRIBUTES and super().is_safe_attribute(obj, attr, value)
 
     def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:
         __self._step()
@@ -201,15 +218,27 @@ def check_growth(name: str, value: Any, args: tuple[Any, ...], kwargs: Mapping[s
         args, kwargs: its other arguments.
     """
     given = [*args, *kwargs.values()]
-    length = _length((value, given))
-    texts = [argument for argument in given if isinstance(argument, str)]
+    _check_length(_length((value, given)) + _inserted(name, value, given))
     numbers = [argument for argument in given if isinstance(argument, int)]
     if name in ("format", "format_map"):
         numbers = _widths(str(value), numbers)
-    if name in ("replace", "indent", "join", "wordwrap") and not isinstance(value, (int, float)):
-        inserted = max([len(text) for text in texts] + numbers + [4])
-        length += inserted * _insertions(name, value, given, texts)
-    _check_length(max([length, *map(abs, numbers)]))
+    if name == "round" and max(map(abs, numbers), default=0) > MAX_BITS:
+        raise TemplateError(f"round({numbers[0]}) is beyond the {MAX_BITS} digits that a template may use")
+    _check_length(max(map(abs, numbers), default=0))
+
+
+def _inserted(name: str, value: Any, given: list[Any]) -> int:
+    """At most how many characters the operation inserts: how often it inserts, times the longest argument."""
+    if name == "join":  # of the separator and the parts, either may be the value
+        sizes = [len(item) for item in given if isinstance(item, (str, list, tuple))]
+        return max(sizes, default=0) * (len(value) if isinstance(value, (str, list, tuple)) else 0)
+    if name not in INSERTIONS:
+        return 0
+    sizes = [len(item) for item in given if isinstance(item, str)]
+    sizes += [_length(item) for item in given if isinstance(item, (Mapping, list, tuple))]
+    if name not in ("format", "format_map"):
+        sizes += [item for item in given if isinstance(item, int)]
+    return max(sizes, default=0) * INSERTIONS[name](str(value), given)
 
 
 def _widths(text: str, values: list[int]) -> list[int]:
@@ -221,17 +250,6 @@ def _widths(text: str, values: list[int]) -> list[int]:
         *(values if nested else ()),
         *(int(width) for field in fields for width in re.findall(r"\d{1,20}", field)),
     ]
-
-
-def _insertions(name: str, value: Any, given: list[Any], texts: list[str]) -> int:
-    """How often the operation puts an argument into the text, at most."""
-    if name == "replace":
-        return str(value).count(texts[0]) if texts else 0
-    if name == "join":
-        parts = given[0] if isinstance(value, str) and given else value
-        separator_of_method = len(value) if isinstance(value, str) and given else 1
-        return len(parts) * separator_of_method if isinstance(parts, (list, tuple, str)) else 0
-    return len(str(value)) if name == "wordwrap" else str(value).count("\n") + 1
 
 
 def _length(value: Any) -> int:
