@@ -25,7 +25,7 @@ Talk to a model that has a chat template. Each line is one message; with stdin f
 
 def run(arguments: Sequence[str]) -> int:
     """The command."""
-    parser = CommandParser("kvpage chat", DESCRIPTION)
+    parser = CommandParser("kvpage chat", DESCRIPTION, "[MODEL]")
     add_model_argument(parser)
     parser.add_argument("--system", metavar="TEXT", help="a system message")
     parser.add_argument("--quick", metavar="TEXT", help="ask this one thing and leave")

@@ -46,7 +46,7 @@ def run(arguments: Sequence[str]) -> int:
 
 def make_parser() -> CommandParser:
     """The flags of the command."""
-    parser = CommandParser("kvpage generate", DESCRIPTION)
+    parser = CommandParser("kvpage generate", DESCRIPTION, "[PROMPT ...]")
     parser.add_argument("prompts", metavar="PROMPT", nargs="*", help="text; - is stdin")
     parser.add_argument(
         "--model", metavar="MODEL", help="folder, hub id, or demo, which comes with kvpage [demo]"

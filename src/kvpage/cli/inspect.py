@@ -23,7 +23,7 @@ Try --num-kv-blocks 24 to see sequences preempted."""
 
 def run(arguments: Sequence[str]) -> int:
     """The command."""
-    parser = CommandParser("kvpage inspect", DESCRIPTION)
+    parser = CommandParser("kvpage inspect", DESCRIPTION, "[MODEL]")
     add_model_argument(parser)
     parser.add_argument("--requests", type=int, default=6, metavar="N", help="requests of the load [6]")
     parser.add_argument("--n", type=int, default=3, metavar="N", help="choices of the first request [3]")

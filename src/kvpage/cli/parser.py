@@ -20,6 +20,13 @@ class UsageError(KvpageError):
     """The command line makes no sense; the message names the flag and the way out."""
 
 
+class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Descriptions as they are written, flags and their help side by side."""
+
+    def __init__(self, prog: str, **options: Any) -> None:
+        super().__init__(prog, max_help_position=34, **options)
+
+
 class CommandParser(argparse.ArgumentParser):
     """argparse, but ``_`` and ``-`` are the same in flags, abbreviations are not guessed, and errors are typed.
 
@@ -27,9 +34,16 @@ class CommandParser(argparse.ArgumentParser):
         UsageError: from ``parse_args``, in place of argparse's exit.
     """
 
-    def __init__(self, prog: str, description: str, **options: Any) -> None:
-        options.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
-        super().__init__(prog=prog, description=description, allow_abbrev=False, **options)
+    def __init__(self, prog: str, description: str, arguments: str = "") -> None:
+        """``arguments``: what stands by position, for the usage line ("[MODEL]")."""
+        usage = " ".join(part for part in (prog, arguments, "[FLAGS]") if part)
+        super().__init__(
+            prog=prog,
+            usage=usage,
+            description=description,
+            allow_abbrev=False,
+            formatter_class=_HelpFormatter,
+        )
 
     def parse_arguments(self, arguments: Sequence[str]) -> argparse.Namespace:
         """Parse; unknown flags are refused with the nearest known one."""
@@ -45,7 +59,9 @@ class CommandParser(argparse.ArgumentParser):
         flag = argument.partition("=")[0]
         if not flag.startswith("-"):
             return f"unexpected argument {argument!r}; put quotes around text with spaces"
-        near = difflib.get_close_matches(flag, [*self._option_string_actions], n=1, cutoff=0.7)
+        known = sorted(self._option_string_actions)
+        longer = [name for name in known if flag.startswith("--") and name.startswith(flag)]
+        near = longer[:1] or difflib.get_close_matches(flag, known, n=1, cutoff=0.7)
         return f"unknown flag {flag}" + (f"; did you mean {near[0]}?" if near else "")
 
 

@@ -26,7 +26,7 @@ SMALLEST_DEVICE = 2**27
 
 def run(arguments: Sequence[str]) -> int:
     """The command."""
-    parser = CommandParser("kvpage plan", DESCRIPTION)
+    parser = CommandParser("kvpage plan", DESCRIPTION, "[MODEL]")
     add_model_argument(parser)
     devices = parser.add_argument_group("devices (default: those of this machine)")
     devices.add_argument("--gpu", metavar="SIZE", help="memory of each GPU, such as 80GB or 80GiB")
