@@ -239,7 +239,7 @@ def resolve(
         blocks = _share(options.num_kv_blocks, per_sequence)
         reasons["kv_memory"] = f"num_kv_blocks={options.num_kv_blocks} given"
     else:
-        memory, reasons["kv_memory"] = kv_memory(options, machine, bytes_per_sequence * max_num_seqs)
+        memory, reasons["kv_memory"] = kv_memory(options, machine, bytes_per_sequence * max_num_seqs + sum(sizes))
         # Block 0 of each group is the null block: it takes memory and holds nothing.
         copies = (memory - sum(sizes)) / bytes_per_sequence
         blocks = tuple(int(copies * n) for n in per_sequence)

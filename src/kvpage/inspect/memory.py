@@ -200,7 +200,7 @@ def measure(model: PlannedModel, options: EngineOptions, devices: Devices) -> Me
     longest = _sequence_bytes(facts, chosen)
     left = chosen.kv_bytes
     if options.num_kv_blocks is None:
-        left = kv_memory(options, machine, longest * chosen.max_num_seqs)[0]
+        left = kv_memory(options, machine, longest * chosen.max_num_seqs + block_bytes)[0]
     usable, usable_reason = _usable(options, devices)
     # A pool has a null block, which holds nothing: two blocks are the least.
     missing = max(0, 2 * block_bytes - left, taken + max(left, 0) - usable)
