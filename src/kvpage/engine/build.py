@@ -87,7 +87,7 @@ def build_engine(options: EngineOptions, plugins: PluginRegistry | None) -> Engi
         weights = load_weights(definition, view, dtype=getattr(torch, dtype), device=device, arena=arena)
         for warning in weights.warnings:
             LOG.warning("%s", warning)
-        model = Decoder(spec, weights.forms, DecoderEnv(device=device, dtype=dtype))
+        model = Decoder(spec, weights.weights, DecoderEnv(device=device, dtype=dtype))
         facts = ModelFacts(context=context, dtype=dtype, groups=group_facts(spec))
         config = resolve(options, facts, machine_facts(device), choice.block_size)
         for note in config.notes:
@@ -276,7 +276,7 @@ def _core(
     blocks = BlockManager(
         block_size=config.block_size,
         groups=[
-            GroupConfig(kind=cast(Any, group.kind), num_blocks=count, window=group.window)
+            GroupConfig(kind=cast(Any, group.kind), num_blocks=count + 1, window=group.window)
             for group, count in zip(spec.kv_groups, config.num_blocks, strict=True)
         ],
         enable_prefix_caching=options.enable_prefix_caching,

@@ -1,0 +1,57 @@
+"""Tiny random checkpoints made with transformers, and its greedy continuation as the oracle."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+Maker = Callable[..., tuple[Any, Path]]
+Oracle = Callable[[Any, list[list[int]], int], list[list[int]]]
+
+
+@pytest.fixture
+def make_model(tmp_path: Path) -> Maker:
+    """make_model(architecture, seed, **config) -> (transformers model in float32, folder of its checkpoint)."""
+
+    def make(architecture: str, seed: int = 0, **config: Any) -> tuple[Any, Path]:
+        import transformers
+
+        kind = architecture.removesuffix("ForCausalLM")
+        values = {
+            "vocab_size": 199, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3,
+            "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512,
+            "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "initializer_range": 0.15, **config,
+        }  # fmt: skip
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            model = getattr(transformers, architecture)(getattr(transformers, f"{kind}Config")(**values))
+        model = model.float().eval()
+        model.generation_config.eos_token_id = None
+        for parameter in model.parameters():
+            parameter.requires_grad_(False)
+        folder = tmp_path / f"{architecture}-{seed}"
+        model.save_pretrained(folder)
+        return model, folder
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def greedy_oracle() -> Oracle:
+    """greedy_oracle(model, prompts, count) -> ``count`` tokens after each prompt, computed alone; EOS ends nothing."""
+
+    def continue_alone(model: Any, prompts: list[list[int]], count: int) -> list[list[int]]:
+        found = []
+        for prompt in prompts:
+            ids = torch.tensor([prompt])
+            out = model.generate(
+                ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=count, eos_token_id=None, pad_token_id=0
+            )
+            found.append(out[0, len(prompt) :].tolist())
+        return found
+
+    return continue_alone

@@ -1,0 +1,120 @@
+"""Greedy tokens equal transformers', in whatever company and however the engine is squeezed."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kvpage import Engine, SamplingParams
+
+TOKENS = 64
+GREEDY = SamplingParams(temperature=0.0, max_tokens=TOKENS, ignore_eos=True)
+
+YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 128}
+LLAMA3 = {
+    "rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}  # fmt: skip
+LINEAR = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}
+DYNAMIC = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
+
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("LlamaForCausalLM", {}),
+    "llama, one KV head, tied, biases": (
+        "LlamaForCausalLM",
+        {"num_key_value_heads": 1, "tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True},
+    ),
+    "llama, no grouping, odd head dim": ("LlamaForCausalLM", {"num_key_value_heads": 4, "head_dim": 24}),
+    "llama, linear rope": ("LlamaForCausalLM", {"rope_parameters": LINEAR}),
+    "llama, llama3 rope": ("LlamaForCausalLM", {"rope_parameters": LLAMA3}),
+    "llama, yarn rope": ("LlamaForCausalLM", {"rope_parameters": YARN}),
+    "llama, dynamic rope": ("LlamaForCausalLM", {"rope_parameters": DYNAMIC}),
+    "mistral, window": ("MistralForCausalLM", {"sliding_window": 37}),
+    "mistral, no window": ("MistralForCausalLM", {"sliding_window": None, "head_dim": 32}),
+    "qwen2": ("Qwen2ForCausalLM", {"tie_word_embeddings": True}),
+    "qwen2, window on some layers": (
+        "Qwen2ForCausalLM",
+        {"use_sliding_window": True, "sliding_window": 20, "max_window_layers": 1},
+    ),
+    "qwen3": ("Qwen3ForCausalLM", {"head_dim": 32}),
+}
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "in a batch of 16": {},
+    "in steps of 16 tokens": {"max_num_batched_tokens": 16},
+    "in a pool so small that sequences are preempted": {"num_kv_blocks": 24, "block_size": 8},
+    "with blocks of one token": {"block_size": 1},
+    "one after another": {"max_num_seqs": 1},
+}
+
+
+def random_prompts(count: int, longest: int, seed: int = 5) -> list[list[int]]:
+    """Half of them begin with the same 40 tokens."""
+    rng = random.Random(seed)
+    shared = [rng.randrange(3, 199) for _ in range(40)]
+    prompts = []
+    for index in range(count):
+        own = [rng.randrange(3, 199) for _ in range(rng.randint(1, longest))]
+        prompts.append(shared + own if index % 2 else own)
+    return prompts
+
+
+def as_ids(prompts: list[list[int]]) -> list[dict[str, Any]]:
+    return [{"prompt_token_ids": prompt} for prompt in prompts]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_family_gives_the_tokens_of_transformers_in_every_setting(
+    name: str, make_model: Callable[..., tuple[Any, Path]], greedy_oracle: Callable[..., list[list[int]]]
+) -> None:
+    architecture, config = MODELS[name]
+    model, folder = make_model(architecture, seed=len(name), **config)
+    prompts = random_prompts(16, 60)
+    oracle = greedy_oracle(model, prompts, TOKENS)
+    for setting, options in SETTINGS.items():
+        if options.get("max_num_seqs") == 1:
+            prompts = prompts[:3]
+        expected = oracle[: len(prompts)]
+        with Engine(str(folder), dtype="float32", skip_tokenizer_init=True, **options) as engine:
+            outputs = engine.generate(as_ids(prompts), GREEDY)
+            assert [o.outputs[0].token_ids for o in outputs] == expected, setting
+            repeated = engine.generate(as_ids(prompts), GREEDY)
+            assert [o.outputs[0].token_ids for o in repeated] == expected, f"{setting}, on prefix hits"
+            stats = engine.stats()
+            assert stats.prefix_hits > 0 or engine.config.max_num_seqs == 1, setting
+            assert stats.used_blocks == 0, setting
+            if "preempted" in setting:
+                assert stats.preemptions > 0, "the pool was not small enough to show anything"
+
+
+def test_seeded_sampling_gives_the_same_tokens_in_every_setting(make_model: Callable[..., tuple[Any, Path]]) -> None:
+    _, folder = make_model("LlamaForCausalLM", seed=3)
+    prompts = random_prompts(6, 60)
+    params = [
+        SamplingParams(temperature=0.9, top_p=0.95, seed=index, max_tokens=TOKENS, ignore_eos=True)
+        for index in range(len(prompts))
+    ]
+    found: dict[str, list[list[int]]] = {}
+    for setting, options in SETTINGS.items():
+        with Engine(str(folder), dtype="float32", skip_tokenizer_init=True, **options) as engine:
+            found[setting] = [o.outputs[0].token_ids for o in engine.generate(as_ids(prompts), params)]
+            again = [o.outputs[0].token_ids for o in engine.generate(as_ids(prompts), params)]
+            assert again == found[setting], f"{setting}, on prefix hits"
+    assert all(tokens == found["one after another"] for tokens in found.values())
+    assert len({tuple(tokens) for tokens in found["one after another"]}) == len(prompts)
+
+
+def test_a_loaded_transformers_model_runs_with_its_weights_shared(
+    make_model: Callable[..., tuple[Any, Path]], greedy_oracle: Callable[..., list[list[int]]]
+) -> None:
+    model, _ = make_model("Qwen2ForCausalLM", seed=9)
+    prompts = random_prompts(4, 30)
+    before = {name: tensor.data_ptr() for name, tensor in model.state_dict().items()}
+    with Engine(model, dtype="float32") as engine:
+        outputs = engine.generate(as_ids(prompts), GREEDY)
+    assert [o.outputs[0].token_ids for o in outputs] == greedy_oracle(model, prompts, TOKENS)
+    assert {name: tensor.data_ptr() for name, tensor in model.state_dict().items()} == before
