@@ -224,6 +224,14 @@ def test_same_text_as_transformers(
         assert ours.render(CHATS[chat], tools=tools, **options) == theirs  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("name", ["reasoning_content", "thinking", "reasoning"])
+def test_reasoning_is_found_under_every_name(oracle: Any, name: str) -> None:
+    source = "{{ messages[0].reasoning_content }} {{ messages[0].thinking }}"
+    chat = [{"role": "assistant", "content": "", name: "hm"}]
+    theirs = oracle.apply_chat_template(chat, chat_template=source, tokenize=False)
+    assert ChatTemplate(source, {}).render(chat) == theirs == "hm hm"
+
+
 def test_continued_message_ends_the_prompt() -> None:
     chat = [*CHATS["one"], {"role": "assistant", "content": "The answer is "}]
     text = ChatTemplate(LLAMA3, SPECIALS).render(

@@ -239,3 +239,20 @@ def test_tokenizer_without_backend_streams_through_its_own_decode() -> None:
     assert "</s>" in spaced
     detokenizer = Detokenizer(tokenizer, [65])
     assert [detokenizer.push([index]) for index in "é".encode()] == ["", "é"]
+
+
+class SlowWords(SlowBytes):
+    """Ids are words with a space between them, 0 is special."""
+
+    all_special_ids = (0,)
+
+    def decode(
+        self, ids: list[int], skip_special_tokens: bool = False, spaces_between_special_tokens: bool = True
+    ) -> str:
+        return " ".join(f"w{index}" for index in ids if index or not skip_special_tokens)
+
+
+def test_word_after_special_tokens_only_is_still_not_the_first() -> None:
+    tokenizer = wrap_tokenizer(SlowWords())
+    assert streamed(tokenizer, [1, *[0] * 50], [[2], [0], [3]]) == " w2 w3"
+    assert streamed(tokenizer, [0] * 50, [[2], [0], [3]]) == "w2 w3"
