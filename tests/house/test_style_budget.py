@@ -11,7 +11,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCE_FOLDERS = ("src", "plugins")
-CODE_FOLDERS = (*SOURCE_FOLDERS, "tests", "benchmarks", "examples")
+SHIPPED_FOLDERS = (*SOURCE_FOLDERS, "benchmarks", "examples")
+CODE_FOLDERS = (*SHIPPED_FOLDERS, "tests")
 MAX_FILE_LINES = 450
 MAX_FUNCTION_LINES = 80
 MAX_FUNCTION_LINES_P95 = 45
@@ -63,11 +64,12 @@ def unannotated(function: Function) -> list[str]:
     return missing if function.returns is not None else [*missing, "return"]
 
 
-def test_no_file_is_longer_than_the_budget() -> None:
-    long = {
-        place(path): len(path.read_text(encoding="utf-8").splitlines()) for path in python_files(CODE_FOLDERS)
+def test_no_file_of_the_source_is_longer_than_the_budget() -> None:
+    lines = {
+        place(path): len(path.read_text(encoding="utf-8").splitlines())
+        for path in python_files(SHIPPED_FOLDERS)
     }
-    assert {name: lines for name, lines in long.items() if lines > MAX_FILE_LINES} == {}
+    assert {name: count for name, count in lines.items() if count > MAX_FILE_LINES} == {}
 
 
 def test_no_function_is_longer_than_the_budget() -> None:
