@@ -23,16 +23,11 @@ class Arena:
 
     A mapping goes back to the system when the last tensor in it dies. Large tensors have a mapping each, small
     ones share one. Not thread-safe: one engine, one thread at a time.
-
-    Args:
-        huge_pages: ask for transparent huge pages: for weights, which are all touched; not for KV, of which a
-            little may be used.
     """
 
-    __slots__ = ("_chunk", "_closed", "_huge_pages", "_regions", "_used", "allocated_bytes")
+    __slots__ = ("_chunk", "_closed", "_regions", "_used", "allocated_bytes")
 
-    def __init__(self, *, huge_pages: bool = False) -> None:
-        self._huge_pages = huge_pages
+    def __init__(self) -> None:
         self._regions: list[weakref.ref[mmap.mmap]] = []
         self._chunk: mmap.mmap | None = None
         self._used = 0
@@ -66,8 +61,8 @@ class Arena:
         self._chunk = None
         for reference in self._regions:
             region = reference()
-            if region is not None:
-                _advise(region, "MADV_DONTNEED")
+            if region is not None and hasattr(mmap, "MADV_DONTNEED"):
+                region.madvise(mmap.MADV_DONTNEED)
         self._regions.clear()
         self.allocated_bytes = 0
 
@@ -82,8 +77,6 @@ class Arena:
 
     def _map(self, size: int) -> mmap.mmap:
         region = anonymous_mapping(size)
-        if self._huge_pages:
-            _advise(region, "MADV_HUGEPAGE")
         self._regions.append(weakref.ref(region))
         return region
 
@@ -95,14 +88,3 @@ def anonymous_mapping(size: int) -> mmap.mmap:
     # Without NORESERVE the kernel may refuse a mapping larger than free memory that will never be filled.
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)
     return mmap.mmap(-1, size, flags=flags, prot=mmap.PROT_READ | mmap.PROT_WRITE)
-
-
-def _advise(region: mmap.mmap, name: str) -> None:
-    """madvise(2) with the advice ``name``; nothing where the system does not know it."""
-    advice = getattr(mmap, name, None)
-    if advice is None:
-        return
-    try:
-        region.madvise(advice)
-    except OSError:
-        return  # advice only: a kernel without transparent huge pages says EINVAL

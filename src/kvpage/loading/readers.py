@@ -17,7 +17,7 @@ from kvpage.api.quant import CheckpointView, TensorInfo
 from kvpage.errors import CheckpointError
 from kvpage.loading.safetensors import SafetensorsFile
 
-SLICE_BYTES = 16 * 2**20
+SLICE_BYTES = 4 * 2**20
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 OTHER_FORMATS = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack", "*.gguf")

@@ -11,6 +11,7 @@ import math
 import mmap
 import sys
 from collections.abc import Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -140,6 +141,6 @@ def _read_entry(path: Path, name: str, entry: Any) -> tuple[TensorInfo, int, int
 
 def _refuse_overlap(path: Path, spans: list[tuple[int, int, str]]) -> None:
     spans.sort()
-    for (_, end, before), (begin, _, name) in zip(spans, spans[1:], strict=False):
+    for (_, end, before), (begin, _, name) in pairwise(spans):
         if begin < end:
             raise CheckpointError(f"{path}: tensors {before!r} and {name!r} overlap; the file is damaged")

@@ -107,7 +107,8 @@ def make_kernel(form: WeightForm, bias: torch.Tensor | None, env: DecoderEnv) ->
     """
     where = LinearEnv(device=torch.device(env.device).type, dtype=env.dtype)
     refused = []
-    for kind in (*env.linear_kernels, DenseLinear):
+    kinds: tuple[type[LinearKernel], ...] = (*env.linear_kernels, DenseLinear)
+    for kind in kinds:
         reasons = kind.supports(form, where)
         if not reasons:
             kernel = kind()
