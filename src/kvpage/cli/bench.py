@@ -8,14 +8,13 @@ import json
 import statistics
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 from kvpage.cli.collect_env import environment
 from kvpage.cli.engine_flags import add_engine_flags, add_model_argument, chosen_model, engine_options
 from kvpage.cli.main import OK
 from kvpage.cli.parser import CommandParser, UsageError, human_integer
-from kvpage.cli.session import Stopwatch, open_engine
+from kvpage.cli.session import Stopwatch, open_engine, write_file
 from kvpage.cli.workload import random_prompts, vocabulary_size
 from kvpage.outputs import RequestOutput
 from kvpage.params import SamplingParams
@@ -183,7 +182,7 @@ def _measure_async(
 def _report(namespace: argparse.Namespace, result: dict[str, Any], text: str) -> int:
     result = {**result, "model": chosen_model(namespace), "environment": environment()}
     if namespace.output_json:
-        Path(namespace.output_json).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        write_file(namespace.output_json, json.dumps(result, indent=2) + "\n")
     print(json.dumps(result, indent=2) if namespace.json else text)
     if namespace.output_json:
         print(f"result: {namespace.output_json}", file=sys.stderr)

@@ -68,13 +68,23 @@ def read_prompts(arguments: Sequence[str]) -> list[str]:
     """The prompts of the command line; stdin for "-", or where there are none.
 
     Raises:
-        RequestError: none was given and nothing is piped in.
+        RequestError: none was given and nothing is piped in, one is empty, or stdin is not text.
     """
     if not arguments and sys.stdin.isatty():
         raise RequestError(
             'no prompt: kvpage generate "What is a KV cache?", or pipe a text in', param="prompt"
         )
-    return [sys.stdin.read() if text == "-" else text for text in arguments or ("-",)]
+    prompts = [_read_stdin() if text == "-" else text for text in arguments or ("-",)]
+    if not all(prompt.strip() for prompt in prompts):
+        raise RequestError("the prompt is empty: give at least one character", param="prompt")
+    return prompts
+
+
+def _read_stdin() -> str:
+    try:
+        return sys.stdin.read()
+    except UnicodeDecodeError as error:
+        raise RequestError(f"stdin is not UTF-8 text ({error}): give text", param="prompt") from error
 
 
 def print_texts(engine: Engine, prompts: Sequence[str], handles: Sequence[RequestHandle]) -> None:

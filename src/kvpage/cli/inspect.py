@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
-from pathlib import Path
 
 from kvpage.cli.engine_flags import add_engine_flags, add_model_argument
 from kvpage.cli.main import OK
 from kvpage.cli.parser import CommandParser
-from kvpage.cli.session import open_engine
+from kvpage.cli.session import open_engine, write_file
 from kvpage.cli.workload import random_prompts, vocabulary_size
 from kvpage.errors import ConfigError
 from kvpage.params import SamplingParams
@@ -63,7 +62,7 @@ def run(arguments: Sequence[str]) -> int:
             steps += 1
         block_map, stats = engine.inspect(), engine.stats()
     if namespace.svg:
-        Path(namespace.svg).write_text(block_map.to_svg(namespace.width), encoding="utf-8")
+        write_file(namespace.svg, block_map.to_svg(namespace.width))
     if namespace.json:
         print(json.dumps({"step": steps, "stats": asdict(stats), **asdict(block_map)}))
         return OK

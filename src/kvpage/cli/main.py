@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import io
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -67,6 +68,8 @@ def main(
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     traceback = _take_switch(arguments, "--traceback")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character is no reason to stop
     try:
         try:
             with _logging(_take_value(arguments, "--log-level") or "info"):

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvpage.cli.engine_flags import chosen_model, engine_options
+from kvpage.cli.parser import UsageError
 from kvpage.outputs import RequestOutput
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ def open_engine(namespace: argparse.Namespace, **overrides: Any) -> Engine:
 
     options = {**overrides, **engine_options(namespace)}
     template = options.get("chat_template")
-    if template is not None and "\n" not in template and Path(template).is_file():
+    if template is not None and "\n" not in template and len(template) < 1024 and Path(template).is_file():
         options["chat_template"] = Path(template).read_text(encoding="utf-8")
     model = chosen_model(namespace)
     if model == "demo" and namespace.model is None and getattr(namespace, "model_argument", None) is None:
@@ -86,6 +87,18 @@ def speed_note(outputs: Sequence[RequestOutput], seconds: float) -> str:
     delay = f", first token after {1000 * min(times):.0f} ms" if times else ""
     hit = f" ({cached} from the prefix cache)" if cached else ""
     return f"{prompt} prompt tokens{hit}, {tokens} new in {seconds:.2f} s: {tokens / max(seconds, 1e-9):.0f} tokens/s{delay}"
+
+
+def write_file(path: str, text: str) -> None:
+    """Write a result.
+
+    Raises:
+        UsageError: it cannot be written there.
+    """
+    try:
+        Path(path).write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise UsageError(f"{path} cannot be written: {error.strerror or error}") from error
 
 
 class Stopwatch:

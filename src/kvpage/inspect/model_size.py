@@ -146,10 +146,16 @@ def read_headers(folder: Path) -> dict[str, StoredTensor]:
     """
     tensors: dict[str, StoredTensor] = {}
     for path in sorted(folder.glob("*.safetensors")):
-        for name, entry in _header(path).items():
-            count = math.prod(entry["shape"])
-            start, stop = entry["data_offsets"]
-            tensors[name] = StoredTensor(dtype=entry["dtype"], count=count, nbytes=stop - start)
+        try:
+            for name, entry in _header(path).items():
+                start, stop = entry["data_offsets"]
+                tensors[name] = StoredTensor(
+                    dtype=str(entry["dtype"]), count=math.prod(entry["shape"]), nbytes=stop - start
+                )
+        except (ValueError, TypeError, KeyError, AttributeError, OSError) as error:
+            raise CheckpointError(
+                f"{path} is not a whole safetensors file ({type(error).__name__}: {error}): fetch it again"
+            ) from error
     return tensors
 
 
@@ -159,14 +165,9 @@ def _header(path: Path) -> dict[str, Any]:
         prefix = file.read(8)
         length = int.from_bytes(prefix, "little")
         text = file.read(length) if len(prefix) == 8 and length <= HEADER_LIMIT else b""
-    try:
-        if not text or len(text) != length:
-            raise ValueError("the file ends within its header")
-        entries = json.loads(text)
-        entries.pop("__metadata__", None)
-    except (ValueError, AttributeError) as error:
-        raise CheckpointError(f"{path} is not a whole safetensors file ({error}): fetch it again") from None
-    return dict(entries)
+    if not text or len(text) != length:
+        raise ValueError("it ends within its header")
+    return {name: entry for name, entry in json.loads(text).items() if name != "__metadata__"}
 
 
 def _part(parameter: Parameter) -> Part:

@@ -18,7 +18,7 @@ PATTERNS = (
 )
 """The files a checkpoint needs: weights, configs, tokenizer, chat template."""
 
-REPO_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+REPO_ID = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
 
 
 def resolve(
@@ -68,7 +68,8 @@ def resolve(
     try:
         return fetch(local_only=False)
     except (HFValidationError, HfHubHTTPError) as error:
-        if getattr(getattr(error, "response", None), "status_code", 500) < 500:
+        status = 400 if isinstance(error, HFValidationError) else getattr(error.response, "status_code", 500)
+        if status < 500:
             raise CheckpointError(f"the hub does not give {model!r}{_at(revision)}: {_first_line(error)}; "
                                   "check the name and the token, or give a local folder") from error  # fmt: skip
         cause: Exception = error
