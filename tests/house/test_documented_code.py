@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ast
 import asyncio
-import importlib.util
 import inspect
 import re
 from dataclasses import dataclass
@@ -52,11 +51,6 @@ def test_every_python_block_compiles(block: Block) -> None:
     assert block.compile()
 
 
-@pytest.mark.skipif(
-    not importlib.util.find_spec("kvpage.engine.engine")
-    or not list((ROOT / "src/kvpage/demo/checkpoint").glob("*")),
-    reason="the engine or the bundled model has not landed yet",
-)
 @pytest.mark.parametrize(
     "block", [block for block in BLOCKS if block.runnable], ids=lambda block: f"{block.page}:{block.line}"
 )

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import subprocess
 import sys
-
-import pytest
 
 HEAVY = ("torch", "transformers", "numpy", "tokenizers", "huggingface_hub", "safetensors", "jinja2", "rich")
 REPORT = f"import sys; print('loaded:', *[name for name in {HEAVY!r} if name in sys.modules])"
@@ -35,9 +32,6 @@ def test_the_report_would_name_a_heavy_module() -> None:
     assert loaded_by(f"import numpy\n{REPORT}") == "numpy"
 
 
-@pytest.mark.skipif(
-    not importlib.util.find_spec("kvpage.cli.main"), reason="the command line has not landed yet"
-)
 def test_help_of_the_command_line_loads_nothing_heavy() -> None:
     program = "\n".join(
         (
