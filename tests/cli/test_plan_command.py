@@ -10,7 +10,10 @@ from typing import Any
 
 import pytest
 
+from kvpage import Engine
+from kvpage.cli.engine_flags import add_engine_flags, engine_options
 from kvpage.cli.main import main
+from kvpage.cli.parser import CommandParser
 
 
 def plan(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, dict[str, Any]]:
@@ -110,3 +113,38 @@ def test_no_torch_is_loaded(llama_2_70b: str) -> None:
         [sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60
     )
     assert run.stdout.rstrip().endswith("loaded:")
+
+
+def test_a_hub_id_is_found_in_the_local_cache(
+    llama_2_70b: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cache = tmp_path / "hub" / "models--some--llama"
+    snapshot = cache / "snapshots" / ("0" * 40)
+    snapshot.mkdir(parents=True)
+    (snapshot / "config.json").write_bytes((Path(llama_2_70b) / "config.json").read_bytes())
+    (cache / "refs").mkdir()
+    (cache / "refs" / "main").write_text("0" * 40)
+    status, data = plan(
+        capsys, "some/llama", "--gpu", "80GB", "-tp", "4", "--download-dir", str(cache.parent)
+    )
+    assert (status, data["model"]) == (0, "some/llama")
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [("--kv-cache-memory", "1MiB"), ("--num-kv-blocks", "10"), ("--max-num-seqs", "4", "--block-size", "8"),
+     ("--max-num-seqs", "2", "--max-model-len", "100", "--dtype", "bfloat16")],
+)  # fmt: skip
+def test_the_plan_and_the_engine_choose_the_same_values(
+    checkpoint: str, flags: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, data = plan(capsys, checkpoint, "--device", "cpu", "--memory", "16GiB", *flags)
+    parser = CommandParser("kvpage test", "")
+    add_engine_flags(parser)
+    options = engine_options(parser.parse_arguments(flags))
+    with Engine(checkpoint, load_format="dummy", **options) as engine:
+        run = engine.config
+        for name in ("dtype", "kv_dtype", "max_model_len", "max_num_seqs", "max_num_batched_tokens", "block_size",
+                     "kv_bytes"):  # fmt: skip
+            assert data["resolved"][name] == getattr(run, name), name
+        assert tuple(data["resolved"]["num_blocks"]) == run.num_blocks

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import signal
 import sys
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterator
@@ -149,16 +150,19 @@ def test_control_c_stops_the_answer_and_keeps_the_conversation(
     )
     step, calls = engine.step, 0
 
-    def step_five_times() -> bool:
+    def press_control_c_in_step_five() -> bool:
         nonlocal calls
         calls += 1
         if calls == 5:
-            raise KeyboardInterrupt
+            signal.raise_signal(signal.SIGINT)
         return step()
 
-    monkeypatch.setattr(engine, "step", step_five_times)
+    monkeypatch.setattr(engine, "step", press_control_c_in_step_five)
+    handler = signal.getsignal(signal.SIGINT)
     assert conversation.take("go on")
+    assert signal.getsignal(signal.SIGINT) is handler
     monkeypatch.undo()
+    assert calls == 5
     assert [message["role"] for message in conversation.messages] == ["user", "assistant"]
     assert engine.stats().running == 0
     assert capsys.readouterr().out.endswith("\n")

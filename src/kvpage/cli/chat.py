@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from kvpage.cli.engine_flags import add_engine_flags, add_model_argument, add_sampling_flags, sampling_params
 from kvpage.cli.main import OK
 from kvpage.cli.parser import CommandParser
-from kvpage.cli.session import Stopwatch, chat_prompt, follow, open_engine, speed_note
+from kvpage.cli.session import Stopwatch, chat_prompt, follow, interruptible, open_engine, speed_note
 from kvpage.errors import EngineDeadError, RequestError
 from kvpage.params import SamplingParams
 
@@ -98,11 +98,9 @@ class Conversation:
         self._messages.append({"role": "user", "content": text})
         watch = Stopwatch()
         try:
-            handle = self._engine.submit(chat_prompt(self._engine, self._messages), self._params)
-            try:
-                follow(self._engine, handle, 0, lambda delta: print(delta, end="", flush=True))
-            except KeyboardInterrupt:
-                handle.cancel()
+            with interruptible() as stopped:
+                handle = self._engine.submit(chat_prompt(self._engine, self._messages), self._params)
+                follow(self._engine, handle, 0, lambda delta: print(delta, end="", flush=True), stopped)
             print()
         except EngineDeadError:
             raise

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import argparse
 import logging
+import signal
+import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from kvpage.cli.engine_flags import chosen_model, engine_options
@@ -53,10 +57,17 @@ def chat_prompt(engine: Engine, messages: Sequence[Mapping[str, Any]]) -> dict[s
     return {"prompt": text, "prompt_token_ids": engine.tokenizer.encode(text, add_special_tokens=False)}
 
 
-def follow(engine: Engine, handle: RequestHandle, choice: int, write: Callable[[str], None]) -> None:
+def follow(
+    engine: Engine,
+    handle: RequestHandle,
+    choice: int,
+    write: Callable[[str], None],
+    stopped: Callable[[], bool] = lambda: False,
+) -> None:
     """Step the engine until one choice has ended, passing its text on as it grows.
 
     Other requests of the engine advance with it; what they and the other choices gain stays in their outputs.
+    Once ``stopped()`` is true the request is cancelled, between two steps.
 
     Raises:
         KvpageError: what ended the request in error.
@@ -72,9 +83,36 @@ def follow(engine: Engine, handle: RequestHandle, choice: int, write: Callable[[
             shown = len(text)
         if ended:
             break
-        engine.step()
+        if stopped():
+            handle.cancel()
+        else:
+            engine.step()
     if handle.done:
         handle.result()
+
+
+@contextmanager
+def interruptible() -> Iterator[Callable[[], bool]]:
+    """While entered, Ctrl-C interrupts nothing: it makes the given function true. A second one interrupts.
+
+    A step of the engine is left whole that way. Signals belong to the main thread; elsewhere nothing changes.
+    """
+    asked = threading.Event()
+    before = signal.getsignal(signal.SIGINT)
+
+    def ask(number: int, frame: FrameType | None) -> None:
+        if asked.is_set() and callable(before):
+            before(number, frame)
+        asked.set()
+
+    if threading.current_thread() is not threading.main_thread():
+        yield asked.is_set
+        return
+    signal.signal(signal.SIGINT, ask)
+    try:
+        yield asked.is_set
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def speed_note(outputs: Sequence[RequestOutput], seconds: float) -> str:
