@@ -9,7 +9,7 @@ from random import Random
 from fake_runner import FakeRunner
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from kvpage import SamplingParams
 from kvpage.cache.manager import BlockManager, GroupConfig
@@ -41,6 +41,31 @@ def group_configs(kind: str, blocks: int, block_size: int) -> list[GroupConfig]:
     }[kind]
 
 
+@dataclass(frozen=True)
+class RequestSpec:
+    prompt: list[int]
+    n: int
+    max_tokens: int | None
+    min_tokens: int
+    salt: str | None
+    priority: int
+    stops: frozenset[int]
+    prompt_logprobs: int | None
+    timeout: float | None
+
+
+PROMPTS = st.builds(
+    lambda pattern, length, tail: (pattern * 30)[:length] + tail,
+    st.sampled_from([[0], [0, 1], [2]]), st.integers(0, 24), st.lists(st.integers(0, VOCABULARY - 1), max_size=4),
+).filter(bool)
+REQUESTS = st.builds(
+    RequestSpec, prompt=PROMPTS, n=st.sampled_from([1, 1, 2, 4]), max_tokens=st.sampled_from([None, 1, 3, 12, 12]),
+    min_tokens=st.sampled_from([0, 0, 4]), salt=st.sampled_from([None, None, "tenant"]), priority=st.integers(0, 2),
+    stops=st.sampled_from([frozenset(), frozenset([0])]), prompt_logprobs=st.sampled_from([None, None, None, 1]),
+    timeout=st.sampled_from([None, None, None, 5.0]))
+OUTCOMES = st.sampled_from(["commit"] * 8 + ["error", "lost", "garbage", "abort", "finish", "expire"])
+
+
 @dataclass
 class Clock:
     now: float = 0.0
@@ -55,11 +80,11 @@ class SchedulerMachine(RuleBasedStateMachine):
     @initialize(
         block_size=st.sampled_from([1, 2, 3, 4, 16]),
         kind=st.sampled_from(["full", "full", "window", "narrow", "mixed", "two windows"]),
-        blocks=st.integers(3, 24),
-        max_num_seqs=st.integers(1, 6),
-        max_num_batched_tokens=st.sampled_from([1, 2, 5, 16, 64]),
+        blocks=st.integers(3, 12),
+        max_num_seqs=st.sampled_from([1, 3, 4, 6, 8]),
+        max_num_batched_tokens=st.sampled_from([1, 5, 16, 64, 64]),
         policy=st.sampled_from(["fcfs", "priority"]),
-        caching=st.booleans(),
+        caching=st.sampled_from([True, True, True, False]),
         threshold=st.sampled_from([0, 0, 4]),
     )
     def build(self, block_size: int, kind: str, blocks: int, max_num_seqs: int, max_num_batched_tokens: int,
@@ -71,74 +96,41 @@ class SchedulerMachine(RuleBasedStateMachine):
                                  long_prefill_token_threshold=threshold)
         self.scheduler = Scheduler(config, self.blocks, clock=self.clock)
         self.runner = FakeRunner(block_size, groups, draw, max_num_batched_tokens, max_num_seqs)
-        self.plan: StepPlan | None = None
         self.submitted: list[Request] = []
         self.ended: set[int] = set()
         self.prompt_logprobs: set[str] = set()
+        self.under_way = False
 
     # ---- what can happen ----
 
-    @rule(
-        prompt=st.lists(st.integers(0, VOCABULARY - 1), min_size=1, max_size=30),
-        n=st.sampled_from([1, 1, 2, 4]),
-        max_tokens=st.sampled_from([None, 1, 3, 12]),
-        min_tokens=st.sampled_from([0, 0, 1]),
-        salt=st.sampled_from([None, None, "tenant"]),
-        priority=st.integers(0, 2),
-        stops=st.sampled_from([frozenset(), frozenset([0])]),
-        prompt_logprobs=st.sampled_from([None, None, 1]),
-        timeout=st.sampled_from([None, None, 5.0]),
-    )
-    def submit(self, prompt: list[int], n: int, max_tokens: int | None, min_tokens: int, salt: str | None,
-               priority: int, stops: frozenset[int], prompt_logprobs: int | None, timeout: float | None) -> None:
-        number = len(self.submitted)
-        request = Request(
-            f"request-{number}", prompt,
-            SamplingParams(n=n, max_tokens=max_tokens, min_tokens=min_tokens, prompt_logprobs=prompt_logprobs,
-                           timeout=timeout),
-            seed=number, arrival=self.clock.now, priority=priority, cache_salt=salt, stop_token_ids=stops)
-        try:
-            self.scheduler.submit(request)
-        except RequestError as error:
-            assert "blocks" in str(error)
-            return
-        self.submitted.append(request)
+    @rule(specs=st.lists(REQUESTS, min_size=1, max_size=4))
+    def submit(self, specs: list[RequestSpec]) -> None:
+        for spec in specs:
+            number = len(self.submitted)
+            request = Request(
+                f"request-{number}", spec.prompt,
+                SamplingParams(n=spec.n, max_tokens=spec.max_tokens,
+                               min_tokens=min(spec.min_tokens, spec.max_tokens or MAX_MODEL_LEN),
+                               prompt_logprobs=spec.prompt_logprobs, timeout=spec.timeout),
+                seed=number, arrival=self.clock.now, priority=spec.priority, cache_salt=spec.salt,
+                stop_token_ids=spec.stops)
+            try:
+                self.scheduler.submit(request)
+            except RequestError as error:
+                assert "blocks" in str(error)
+            else:
+                self.submitted.append(request)
 
-    @precondition(lambda self: self.plan is None)
-    @rule()
-    def schedule(self) -> None:
-        expected = self.scheduler.has_work
-        self.plan = self.scheduler.schedule()
-        assert (self.plan is not None) == expected
-        if self.plan is not None:
-            assert self.plan.num_tokens > 0, "a step that computes nothing"
-            decoding = [s for s in self.scheduler.running if len(s.token_ids) - s.computed == 1]
-            assert {s.slot for s in decoding} <= set(self.plan.slots) | {f.child for f in self.plan.forks}
-
-    @precondition(lambda self: self.plan is not None)
-    @rule(failing=st.sampled_from([False, False, False, True]))
-    def commit(self, failing: bool) -> None:
-        assert self.plan is not None
-        plan, self.plan = self.plan, None
-        result = self.runner.execute(plan)
-        if failing and result.token_ids:
-            result.errors = {0: "logits are not finite"}
-        self.take(self.scheduler.commit(plan, result))
-
-    @precondition(lambda self: self.plan is not None)
-    @rule(executed=st.booleans())
-    def fail(self, executed: bool) -> None:
-        assert self.plan is not None
-        plan, self.plan = self.plan, None
-        if executed:
-            self.runner.execute_with_garbage(plan)
-        self.scheduler.fail(plan)
+    @rule(outcomes=st.lists(OUTCOMES, min_size=1, max_size=10), pick=st.randoms(use_true_random=False))
+    def steps(self, outcomes: list[str], pick: Random) -> None:
+        for outcome in outcomes:
+            self.step(outcome, pick)
+            self.scheduler.check()
 
     @rule(pick=st.randoms(use_true_random=False))
     def abort(self, pick: Random) -> None:
         if self.submitted:
-            request = pick.choice(self.submitted)
-            for sequence in self.scheduler.abort(request):
+            for sequence in self.scheduler.abort(pick.choice(self.submitted)):
                 assert sequence.finish_reason == "abort"
                 self.end(sequence)
 
@@ -160,15 +152,41 @@ class SchedulerMachine(RuleBasedStateMachine):
             self.end(sequence)
 
     @rule()
-    def run_some_steps(self) -> None:
-        for _ in range(5):
-            self.run_one_step()
-            self.scheduler.check()
-
-    @rule()
     def reset_prefix_cache(self) -> None:
-        if self.blocks.reset_prefix_cache():
-            assert self.blocks.cached_blocks == 0
+        assert self.blocks.reset_prefix_cache() == (self.blocks.used_blocks == 0)
+
+    def step(self, outcome: str, pick: Random) -> None:
+        expected = self.scheduler.has_work
+        plan = self.scheduler.schedule()
+        self.under_way = True  # and stays so if an assertion fails in between
+        assert (plan is not None) == expected
+        if plan is not None:
+            self.bring_to_end(plan, outcome, pick)
+        self.under_way = False
+
+    def bring_to_end(self, plan: StepPlan, outcome: str, pick: Random) -> None:
+        assert plan.num_tokens > 0, "a step that computes nothing"
+        decoding = {s.slot for s in self.scheduler.running if len(s.token_ids) - s.computed == 1}
+        assert decoding <= set(plan.slots) | {fork.child for fork in plan.forks}, "a decoding sequence gets no token"
+        self.scheduler.check()
+        if outcome == "lost":
+            self.scheduler.fail(plan)
+            return
+        if outcome == "garbage":
+            self.runner.execute_with_garbage(plan)
+            self.scheduler.fail(plan)
+            return
+        result = self.runner.execute(plan)
+        if outcome == "error" and result.token_ids:
+            result.errors = {pick.randrange(len(result.token_ids)): "logits are not finite"}
+        if outcome == "abort":
+            self.abort(pick)
+        if outcome == "finish":
+            self.finish(pick)
+        if outcome == "expire":
+            self.expire(1.0)
+        self.scheduler.check()
+        self.take(self.scheduler.commit(plan, result))
 
     # ---- what must hold ----
 
@@ -177,12 +195,12 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.scheduler.check()
 
     def teardown(self) -> None:
-        if not hasattr(self, "scheduler"):
+        if not hasattr(self, "scheduler") or self.under_way:
             return
         bound = 50 + sum(2 + 2 * len(r.sequences) * (MAX_MODEL_LEN + 2) for r in self.submitted) ** 2 // 4
         steps = 0
         while self.scheduler.has_work:
-            self.run_one_step()
+            self.step("commit", Random(0))
             steps += 1
             assert steps < bound, "the scheduler makes no progress"
         self.scheduler.check()
@@ -194,12 +212,6 @@ class SchedulerMachine(RuleBasedStateMachine):
         for request in self.submitted:
             for sequence in request.sequences:
                 self.expect_own_text(sequence)
-
-    def run_one_step(self) -> None:
-        if self.plan is None:
-            self.schedule()
-        if self.plan is not None:
-            self.commit(False)
 
     def take(self, commit: Commit) -> None:
         assert len(commit.sequences) == len(commit.token_ids)
@@ -240,6 +252,6 @@ class SchedulerMachine(RuleBasedStateMachine):
 
 
 SchedulerMachine.TestCase.settings = settings(
-    max_examples=120, stateful_step_count=30, deadline=None, database=None,
+    max_examples=150, stateful_step_count=20, deadline=None, database=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.data_too_large])
 TestSchedulerUnderRandomLoad = SchedulerMachine.TestCase

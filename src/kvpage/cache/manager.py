@@ -433,5 +433,5 @@ def _check_config(block_size: int, groups: Sequence[GroupConfig]) -> None:
         if group.num_blocks < 2:
             raise ConfigError(f"num_blocks must be at least 2 (one is the null block), got {group.num_blocks}: "
                               "raise num_kv_blocks or kv_cache_memory")
-        if (group.kind == "window") != (group.window is not None) or (group.window or 1) < 1:
+        if (group.kind == "window") != (group.window is not None) or (group.window is not None and group.window < 1):
             raise ConfigError(f"a {group.kind!r} group cannot have window={group.window}")

@@ -15,6 +15,7 @@ from kvpage.sched.plan import Admission, Fork, StepPlan, StepResult
 from kvpage.sched.policy import resolve_policy
 from kvpage.sched.queues import Queues
 from kvpage.sched.sequence import Request, Sequence
+from kvpage.sched.snapshot import SchedulerSnapshot, sequence_states
 from kvpage.sched.step import Commit, Step
 
 
@@ -402,6 +403,13 @@ class Scheduler:
         for sequence in reversed(unfinished):  # choice 0 last, so that it does not queue its children first
             self.finish(sequence, reason, stop_reason)
         return unfinished
+
+    # ---- inspection -------------------------------------------------------------------------------------
+
+    def snapshot(self) -> SchedulerSnapshot:
+        """Every block and every sequence as they are now."""
+        return SchedulerSnapshot(self.blocks.block_size, self.blocks.snapshot(),
+                                 sequence_states(self._queues.running), sequence_states(self._queues.waiting))
 
     def check(self) -> None:
         """Verify every invariant of queues, slots, counters and blocks (AssertionError says which one broke)."""
