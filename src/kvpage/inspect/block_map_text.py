@@ -90,9 +90,10 @@ def _sequences(block_map: BlockMap, letters: dict[tuple[str, int], str]) -> Iter
         place = f"slot {sequence.slot}" if sequence.slot >= 0 else ""
         table = sequence.tables[0] if sequence.tables else ()
         shown = " ".join(str(block) for block in table[:TABLE_LIMIT])
+        of_group = "" if len(sequence.tables) < 2 else " (group 0)"
         more = f" ... ({len(table)} in all)" if len(table) > TABLE_LIMIT else ""
         letter = letters[sequence.request_id, sequence.choice]
         yield (
             f"  {letter}  {name:<{width}}  {sequence.state} {place:<8} {sequence.computed:>6} of "
-            f"{sequence.known} tokens computed  blocks {shown}{more}".rstrip()
+            f"{sequence.known} tokens computed  blocks{of_group} {shown}{more}".rstrip()
         )

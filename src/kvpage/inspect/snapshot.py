@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 from kvpage.inspect.block_map_svg import block_map_svg
 from kvpage.inspect.block_map_text import block_map_text
-from kvpage.sched import sequence as sched
 from kvpage.sched.scheduler import Scheduler
 
 BlockUse: TypeAlias = Literal["free", "cached", "used", "shared"]
@@ -90,47 +88,43 @@ class BlockMap:
 
 def take_snapshot(scheduler: Scheduler) -> BlockMap:
     """The block map of a scheduler's block manager. To be called by the thread that steps it."""
-    blocks = scheduler.blocks
-    live = [*scheduler.running, *scheduler.waiting]
-    owners: list[dict[int, list[BlockOwner]]] = [{} for _ in range(blocks.num_groups)]
-    filled: list[Counter[int]] = [Counter() for _ in range(blocks.num_groups)]
+    state = scheduler.snapshot()
+    size = state.block_size
+    live = [*state.running, *state.waiting]
+    owners: list[dict[int, list[BlockOwner]]] = [{} for _ in state.groups]
+    filled: list[Counter[int]] = [Counter() for _ in state.groups]
     for sequence in live:
-        for group, table in enumerate(sequence.blocks.tables):
+        for group, table in enumerate(sequence.tables):
             for index, number in enumerate(table):
                 if number:
-                    owner = BlockOwner(
-                        request_id=sequence.request.request_id, choice=sequence.index, index=index
-                    )
+                    owner = BlockOwner(request_id=sequence.request_id, choice=sequence.index, index=index)
                     owners[group].setdefault(number, []).append(owner)
-                    tokens = min(blocks.block_size, max(0, sequence.computed - index * blocks.block_size))
+                    tokens = min(size, max(0, sequence.computed - index * size))
                     filled[group][number] = max(filled[group][number], tokens)
     groups = []
-    for index, state in enumerate(blocks.snapshot()):
+    for index, pool in enumerate(state.groups):
         views = (
             BlockView(
                 number=number,
                 references=block.references,
                 cached=block.cached,
-                filled=blocks.block_size if block.cached else filled[index][number],
+                filled=size if block.cached else filled[index][number],
                 owners=tuple(owners[index].get(number, ())),
             )
-            for number, block in enumerate(state.blocks)
+            for number, block in enumerate(pool.blocks)
             if number
         )
-        groups.append(GroupView(index=index, kind=state.kind, window=state.window, blocks=tuple(views)))
-    return BlockMap(block_size=blocks.block_size, groups=tuple(groups), sequences=_views(live))
-
-
-def _views(live: Sequence[sched.Sequence]) -> tuple[SequenceView, ...]:
-    return tuple(
+        groups.append(GroupView(index=index, kind=pool.kind, window=pool.window, blocks=tuple(views)))
+    sequences = tuple(
         SequenceView(
-            request_id=sequence.request.request_id,
+            request_id=sequence.request_id,
             choice=sequence.index,
             state="waiting" if sequence.slot < 0 else "running",
             slot=sequence.slot,
-            known=len(sequence.token_ids),
+            known=sequence.known,
             computed=sequence.computed,
-            tables=tuple(tuple(table) for table in sequence.blocks.tables),
+            tables=tuple(tuple(table) for table in sequence.tables),
         )
         for sequence in live
     )
+    return BlockMap(block_size=size, groups=tuple(groups), sequences=sequences)
