@@ -24,7 +24,12 @@ class DenseContext:
     ropes: dict[int, Rope] = field(default_factory=dict)
 
     def attend(
-        self, spec: AttentionSpec, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor | None = None
+        self,
+        spec: AttentionSpec,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
         if spec.rope is not None:
             rope = self._rope(spec.rope)
@@ -54,7 +59,9 @@ def decoder_from(folder: Path, definition: ModelDefinition, dtype: torch.dtype =
     """The decoder of a checkpoint folder."""
     loaded = load_weights(definition, open_checkpoint(folder), dtype=dtype, device="cpu", arena=Arena())
     assert loaded.warnings == ()
-    return Decoder(definition.spec, loaded.weights, DecoderEnv(device="cpu", dtype=str(dtype).removeprefix("torch.")))
+    return Decoder(
+        definition.spec, loaded.weights, DecoderEnv(device="cpu", dtype=str(dtype).removeprefix("torch."))
+    )
 
 
 @torch.inference_mode()

@@ -39,7 +39,14 @@ LAYER = NormSpec(kind="layer", eps=1e-5, bias=True)
 LAYER_NO_BIAS = NormSpec(kind="layer", eps=1e-5)
 ROPE = RopeSpec(kind="default", theta=10000.0, rotary_dim=DIM)
 ATTENTION = AttentionSpec(
-    num_heads=HEADS, num_kv_heads=KV_HEADS, head_dim=DIM, v_head_dim=DIM, scale=DIM**-0.5, kv_group=0, kv_index=0, rope=ROPE
+    num_heads=HEADS,
+    num_kv_heads=KV_HEADS,
+    head_dim=DIM,
+    v_head_dim=DIM,
+    scale=DIM**-0.5,
+    kv_group=0,
+    kv_index=0,
+    rope=ROPE,
 )
 MLP = MLPSpec(intermediate_size=INNER, activation="silu")
 DECODER = DecoderSpec(
@@ -51,11 +58,15 @@ DECODER = DecoderSpec(
     layers=(),
     final_norm=RMS,
     head=HeadSpec(tied=False),
-    kv_groups=(KVGroupSpec(kind="full", layers=(0, 1, 2), num_kv_heads=KV_HEADS, head_dim=DIM, v_head_dim=DIM),),
+    kv_groups=(
+        KVGroupSpec(kind="full", layers=(0, 1, 2), num_kv_heads=KV_HEADS, head_dim=DIM, v_head_dim=DIM),
+    ),
 )
 
 
-def layers(mixer: AttentionSpec, ffn: MLPSpec | MoESpec, norm: NormSpec, **places: Any) -> tuple[LayerSpec, ...]:
+def layers(
+    mixer: AttentionSpec, ffn: MLPSpec | MoESpec, norm: NormSpec, **places: Any
+) -> tuple[LayerSpec, ...]:
     before = {"mixer_norm_before": norm, "ffn_norm_before": norm, **places}
     return tuple(LayerSpec(mixer=replace(mixer, kv_index=i), ffn=ffn, **before) for i in range(3))
 
@@ -65,7 +76,10 @@ def assert_parity(folder: Path, kind: str, options: dict[str, Any], definition: 
     model.save_pretrained(folder)
     tokens = prompt(30)
     torch.testing.assert_close(
-        all_logits(decoder_from(folder, definition), tokens), oracle_logits(model, tokens), atol=2e-4, rtol=2e-4
+        all_logits(decoder_from(folder, definition), tokens),
+        oracle_logits(model, tokens),
+        atol=2e-4,
+        rtol=2e-4,
     )
 
 
@@ -83,7 +97,10 @@ def test_gemma2_norms_around_softcaps_and_embedding_scale(tmp_path: Path) -> Non
         final_norm=ONE_PLUS,
         head=HeadSpec(tied=True, softcap=3.0),
     )
-    windowed = [replace(layer, mixer=replace(mixer, window=6)) if i % 2 == 0 else layer for i, layer in enumerate(spec.layers)]
+    windowed = [
+        replace(layer, mixer=replace(mixer, window=6)) if i % 2 == 0 else layer
+        for i, layer in enumerate(spec.layers)
+    ]
     names = {
         "mixer_norm_after": "post_attention_layernorm",
         "ffn_norm_before": "pre_feedforward_layernorm",
@@ -135,7 +152,10 @@ def test_gpt2_learned_positions_and_transposed_fused_weights(tmp_path: Path) -> 
     definition = ModelDefinition(spec=spec, weights=weights)
     tokens = prompt(30)
     torch.testing.assert_close(
-        all_logits(decoder_from(tmp_path, definition), tokens), oracle_logits(model, tokens), atol=2e-4, rtol=2e-4
+        all_logits(decoder_from(tmp_path, definition), tokens),
+        oracle_logits(model, tokens),
+        atol=2e-4,
+        rtol=2e-4,
     )
 
 
@@ -162,7 +182,10 @@ def test_gpt_neox_parallel_residual_with_two_norms_partial_rope_and_heads_interl
         if place is not None:
             weights[name] = WeightRef(name=ref.name, rows=(place * DIM, (place + 1) * DIM), every=3 * DIM)
     assert_parity(
-        tmp_path, "GPTNeoX", {"rotary_pct": 0.5, "layer_norm_eps": 1e-5}, ModelDefinition(spec=spec, weights=weights)
+        tmp_path,
+        "GPTNeoX",
+        {"rotary_pct": 0.5, "layer_norm_eps": 1e-5},
+        ModelDefinition(spec=spec, weights=weights),
     )
 
 
@@ -170,7 +193,9 @@ def test_cohere_parallel_residual_with_one_norm_interleaved_rope_and_logit_scale
     one_norm = {"ffn_norm_before": None, "residual": "parallel"}
     spec = replace(
         DECODER,
-        layers=layers(replace(ATTENTION, rope=replace(ROPE, interleaved=True)), MLP, LAYER_NO_BIAS, **one_norm),
+        layers=layers(
+            replace(ATTENTION, rope=replace(ROPE, interleaved=True)), MLP, LAYER_NO_BIAS, **one_norm
+        ),
         final_norm=LAYER_NO_BIAS,
         head=HeadSpec(tied=True, scale=0.25),
     )
@@ -180,7 +205,12 @@ def test_cohere_parallel_residual_with_one_norm_interleaved_rope_and_logit_scale
 
 def test_olmo2_norms_after_and_qk_norm_over_all_heads(tmp_path: Path) -> None:
     mixer = replace(ATTENTION, qk_norm=QKNormSpec(norm=RMS, over="all"))
-    places = {"mixer_norm_before": None, "ffn_norm_before": None, "mixer_norm_after": RMS, "ffn_norm_after": RMS}
+    places = {
+        "mixer_norm_before": None,
+        "ffn_norm_before": None,
+        "mixer_norm_after": RMS,
+        "ffn_norm_after": RMS,
+    }
     spec = replace(DECODER, layers=layers(mixer, MLP, RMS, **places))
     names = {"mixer_norm_after": "post_attention_layernorm", "ffn_norm_after": "post_feedforward_layernorm"}
     assert_parity(tmp_path, "Olmo2", {"rms_norm_eps": 1e-6}, named(spec, names))

@@ -10,7 +10,11 @@ import pytest
 import torch
 from dense_context import all_logits, decoder_from
 
-from kvpage.api.model import ModelDefinition
+from kvpage.api.model import DecoderEnv, ModelDefinition
+from kvpage.loading.memory import Arena
+from kvpage.loading.readers import ModuleView
+from kvpage.loading.weights import load_weights
+from kvpage.models.decoder import Decoder
 from kvpage.models.families import llama, mistral, qwen2, qwen3
 from kvpage.models.hf_config import HFConfig
 
@@ -63,7 +67,12 @@ CASES: list[tuple[str, str, Callable[..., ModelDefinition], dict[str, Any]]] = [
         {"use_sliding_window": True, "sliding_window": 5, "layer_types": SLIDING},
     ),
     ("qwen3", "Qwen3", qwen3.translate, {"head_dim": 16}),
-    ("qwen3-biases-tied", "Qwen3", qwen3.translate, {"head_dim": 24, "attention_bias": True, "tie_word_embeddings": True}),
+    (
+        "qwen3-biases-tied",
+        "Qwen3",
+        qwen3.translate,
+        {"head_dim": 24, "attention_bias": True, "tie_word_embeddings": True},
+    ),
     (
         "qwen3-windows",
         "Qwen3",
@@ -95,7 +104,9 @@ def prompt(length: int, seed: int = 1) -> torch.Tensor:
     return torch.randint(0, BASE["vocab_size"], (length,), generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.mark.parametrize(("kind", "translate", "options"), [case[1:] for case in CASES], ids=[case[0] for case in CASES])
+@pytest.mark.parametrize(
+    ("kind", "translate", "options"), [case[1:] for case in CASES], ids=[case[0] for case in CASES]
+)
 def test_logits_equal_transformers(
     tmp_path: Path, kind: str, translate: Callable[..., ModelDefinition], options: dict[str, Any]
 ) -> None:
@@ -104,5 +115,33 @@ def test_logits_equal_transformers(
     definition = translate(HFConfig.from_folder(tmp_path), max_model_len=None)
     tokens = prompt(40)
     torch.testing.assert_close(
-        all_logits(decoder_from(tmp_path, definition), tokens), oracle_logits(model, tokens), atol=1e-4, rtol=1e-4
+        all_logits(decoder_from(tmp_path, definition), tokens),
+        oracle_logits(model, tokens),
+        atol=1e-4,
+        rtol=1e-4,
     )
+
+
+@pytest.mark.parametrize(("kind", "translate", "options"), [CASES[1][1:], CASES[6][1:], CASES[16][1:]])
+def test_a_living_model_gives_its_own_logits(
+    kind: str, translate: Callable[..., ModelDefinition], options: dict[str, Any]
+) -> None:
+    model = make_model(kind, options)
+    definition = translate(HFConfig.from_object(model.config), max_model_len=None)
+    loaded = load_weights(definition, ModuleView(model), dtype=torch.float32, device="cpu", arena=Arena())
+    decoder = Decoder(definition.spec, loaded.weights, DecoderEnv(device="cpu", dtype="float32"))
+    tokens = prompt(40)
+    torch.testing.assert_close(
+        all_logits(decoder, tokens), oracle_logits(model, tokens), atol=1e-4, rtol=1e-4
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision_is_close_to_transformers_own(tmp_path: Path, dtype: torch.dtype) -> None:
+    model = make_model("Llama", {"initializer_range": 0.05})
+    model.save_pretrained(tmp_path)
+    exact = oracle_logits(model, prompt(40))
+    definition = llama.translate(HFConfig.from_folder(tmp_path), max_model_len=None)
+    ours = (all_logits(decoder_from(tmp_path, definition, dtype), prompt(40)).float() - exact).abs().mean()
+    theirs = (oracle_logits(model.to(dtype), prompt(40)).float() - exact).abs().mean()
+    assert ours <= 1.25 * theirs

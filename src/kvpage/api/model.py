@@ -112,10 +112,14 @@ class MixerSpec(Protocol):
     """Any other token mixer: a plugin's own spec type, which builds the torch code that runs it."""
 
     @property
-    def kv_group(self) -> int: ...
+    def kv_group(self) -> int:
+        """The KV group that holds its cache."""
+        ...
 
     @property
-    def kv_index(self) -> int: ...
+    def kv_index(self) -> int:
+        """Its place among the layers of that group."""
+        ...
 
     def parameters(self, hidden_size: int) -> Mapping[str, tuple[int, ...]]:
         """Names (below ``layers.i.mixer.``) and shapes of its parameters."""
@@ -231,7 +235,12 @@ class StepContext(Protocol):
     """A step, as a model sees it: an explicit argument, never ambient state."""
 
     def attend(
-        self, spec: AttentionSpec, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor | None = None
+        self,
+        spec: AttentionSpec,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Rotate q [T, Hq, D] and k [T, Hkv, D], store k and v [T, Hkv, Dv], attend: [T, Hq, Dv]."""
         ...

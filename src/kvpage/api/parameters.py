@@ -101,7 +101,9 @@ def _moe(prefix: str, spec: MoESpec, hidden: int) -> Iterator[Parameter]:
             yield _single(f"{prefix}.shared_gate.weight", (1, hidden), "linear")
 
 
-def _linears(prefix: str, block: str, outputs: dict[str, int], inputs: int, bias: bool) -> Iterator[Parameter]:
+def _linears(
+    prefix: str, block: str, outputs: dict[str, int], inputs: int, bias: bool
+) -> Iterator[Parameter]:
     for part, size in outputs.items():
         yield Parameter(f"{prefix}.{part}.weight", (size, inputs), "linear", f"{prefix}.{block}.weight")
     if bias:

@@ -38,12 +38,12 @@ def resolve(
         CheckpointError: no such folder, and no such repository, or no network and not in the cache.
     """
     folder = Path(model).expanduser()
-    if folder.is_dir():
+    if model and folder.is_dir():
         return folder
     if folder.is_file():
         raise CheckpointError(f"{model} is a file; give the folder that holds config.json and *.safetensors")
     if not REPO_ID.fullmatch(model):
-        raise CheckpointError(f"{model} is no folder on this machine; check the path")
+        raise CheckpointError(f"{model!r} is no folder on this machine; check the path")
     try:
         from huggingface_hub import snapshot_download
         from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError

@@ -50,7 +50,9 @@ def open_checkpoint(path: Path) -> CheckpointView:
             f"{path} has weights as {others[0]} only; kvpage reads safetensors. Convert them once: "
             "transformers.AutoModelForCausalLM.from_pretrained(path).save_pretrained(new_path)"
         )
-    raise CheckpointError(f"{path} has no weights; {SINGLE_FILE}, or {INDEX_FILE} and its shards, are expected")
+    raise CheckpointError(
+        f"{path} has no weights; {SINGLE_FILE}, or {INDEX_FILE} and its shards, are expected"
+    )
 
 
 def _open_shards(path: Path) -> CheckpointView:
@@ -59,7 +61,9 @@ def _open_shards(path: Path) -> CheckpointView:
         weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         wanted = {str(name): str(file) for name, file in weight_map.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{index} is no index (an object with weight_map): {error!r}; download it again") from error
+        raise CheckpointError(
+            f"{index} is no index (an object with weight_map): {error!r}; download it again"
+        ) from error
     files = {}
     for name in sorted(set(wanted.values())):
         if Path(name).name != name:
@@ -69,7 +73,9 @@ def _open_shards(path: Path) -> CheckpointView:
         files[name] = SafetensorsFile(path / name)
     for name, file in wanted.items():
         if name not in files[file].infos():
-            raise CheckpointError(f"{index} says that {file} holds tensor {name!r}; it does not. Download both again")
+            raise CheckpointError(
+                f"{index} says that {file} holds tensor {name!r}; it does not. Download both again"
+            )
     return SafetensorsView(list(files.values()))
 
 
@@ -102,8 +108,10 @@ class SafetensorsView:
             file.release(name, begin * row_bytes, end * row_bytes)
 
     def where(self, name: str) -> str:
-        return str(self._files[name].path) if name in self._files else ", ".join(
-            sorted({str(file.path) for file in self._files.values()})
+        return (
+            str(self._files[name].path)
+            if name in self._files
+            else ", ".join(sorted({str(file.path) for file in self._files.values()}))
         )
 
 
@@ -176,7 +184,9 @@ class DummyView:
         for begin, end in _steps(start, stop, math.prod(rest) * 4):
             piece = torch.empty((end - begin, *rest), dtype=torch.float32, device="cpu")
             bound = 0.02 * math.sqrt(3)
-            yield piece.fill_(1.0) if name in self._ones else piece.uniform_(-bound, bound, generator=generator)
+            yield (
+                piece.fill_(1.0) if name in self._ones else piece.uniform_(-bound, bound, generator=generator)
+            )
 
     def where(self, name: str) -> str:
         return "dummy weights"

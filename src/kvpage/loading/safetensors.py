@@ -54,7 +54,9 @@ class SafetensorsFile:
             return torch.empty(info.shape, dtype=dtype, device="cpu")
         offset = self._start + begin
         if offset % dtype.itemsize:
-            raw = torch.frombuffer(self._mapped(), dtype=torch.uint8, count=count * dtype.itemsize, offset=offset)
+            raw = torch.frombuffer(
+                self._mapped(), dtype=torch.uint8, count=count * dtype.itemsize, offset=offset
+            )
             return raw.clone().view(dtype).view(info.shape)
         return torch.frombuffer(self._mapped(), dtype=dtype, count=count, offset=offset).view(info.shape)
 
@@ -97,7 +99,9 @@ def _read_header(path: Path) -> tuple[int, dict[str, tuple[TensorInfo, int]]]:
     try:
         header = json.loads(raw)
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: the header is not valid JSON ({error}); download the file again") from error
+        raise CheckpointError(
+            f"{path}: the header is not valid JSON ({error}); download the file again"
+        ) from error
     if not isinstance(header, dict):
         raise CheckpointError(f"{path}: the header must be a JSON object, found a {type(header).__name__}")
     start = 8 + length
@@ -122,12 +126,18 @@ def _read_entry(path: Path, name: str, entry: Any) -> tuple[TensorInfo, int, int
     try:
         dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
     except (TypeError, KeyError, ValueError) as error:
-        raise CheckpointError(f"{path}: tensor {name!r} needs dtype, shape and data_offsets, found {entry!r:.80}") from error
-    if dtype not in DTYPES:
-        raise CheckpointError(f"{path}: tensor {name!r} has dtype {dtype!r:.40}; kvpage reads {', '.join(DTYPES)}")
+        raise CheckpointError(
+            f"{path}: tensor {name!r} needs dtype, shape and data_offsets, found {entry!r:.80}"
+        ) from error
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        raise CheckpointError(
+            f"{path}: tensor {name!r} has dtype {dtype!r:.40}; kvpage reads {', '.join(DTYPES)}"
+        )
     sizes = [begin, end, *shape] if isinstance(shape, list) else [None]
     if not all(isinstance(value, int) and not isinstance(value, bool) and value >= 0 for value in sizes):
-        raise CheckpointError(f"{path}: tensor {name!r} has a shape or offsets that are no sizes: {entry!r:.80}")
+        raise CheckpointError(
+            f"{path}: tensor {name!r} has a shape or offsets that are no sizes: {entry!r:.80}"
+        )
     info = TensorInfo(shape=tuple(shape), dtype=DTYPES[dtype])
     item: torch.dtype = getattr(torch, info.dtype)
     expected = math.prod(shape) * item.itemsize

@@ -65,7 +65,13 @@ class _Loader:
         arena: Arena,
         progress: Callable[[int, int], None] | None,
     ) -> None:
-        self._view, self._dtype, self._device, self._arena, self._progress = view, dtype, device, arena, progress
+        self._view, self._dtype, self._device, self._arena, self._progress = (
+            view,
+            dtype,
+            device,
+            arena,
+            progress,
+        )
         self._names = view.names()
         self._parameters = list(parameters(definition.spec))
         self._refs = {name: _present(ref, self._names) for name, ref in definition.weights.items()}

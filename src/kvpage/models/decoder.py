@@ -63,9 +63,20 @@ class Decoder:
 class Layer:
     """One decoder layer; adds to the residual stream in place."""
 
-    __slots__ = ("_ffn", "_ffn_after", "_ffn_before", "_mixer", "_mixer_after", "_mixer_before", "_multiplier", "_parallel")
+    __slots__ = (
+        "_ffn",
+        "_ffn_after",
+        "_ffn_before",
+        "_mixer",
+        "_mixer_after",
+        "_mixer_before",
+        "_multiplier",
+        "_parallel",
+    )
 
-    def __init__(self, spec: LayerSpec, weights: Mapping[str, WeightForm], prefix: str, env: DecoderEnv) -> None:
+    def __init__(
+        self, spec: LayerSpec, weights: Mapping[str, WeightForm], prefix: str, env: DecoderEnv
+    ) -> None:
         def norm(place: str, norm_spec: NormSpec | None) -> Norm | None:
             return None if norm_spec is None else build_norm(norm_spec, weights, f"{prefix}.{place}")
 

@@ -18,6 +18,8 @@ T = TypeVar("T")
 D = TypeVar("D")
 
 MAX_JSON_BYTES = 64 * 2**20
+LARGEST = 2**62
+MAX_LAYERS = 10_000
 
 
 class _Required:
@@ -84,27 +86,35 @@ class HFConfig:
         value = self._data.get(key)
         if value is None:
             if isinstance(default, _Required):
-                raise CheckpointError(f"{self.source}: key {key!r} is missing, a {kind.__name__} is expected")
+                raise CheckpointError(f"{self.source}: key {key!r} is missing; expected: {kind.__name__}")
             return default
         return self.typed(kind, key, value)
 
     def typed(self, kind: type[Any], key: str, value: Any) -> Any:
         """``value`` as ``kind``; ``key`` is where it was found, for the message."""
-        number = isinstance(value, int | float) and not isinstance(value, bool)
+        number = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= LARGEST
         if kind is float and number:
             return float(value)
         if kind is int and number and value == int(value):
             return int(value)
         if kind not in (int, float) and isinstance(value, kind):
             return value
-        raise CheckpointError(f"{self.source}: key {key!r} must be a {kind.__name__}, found {value!r:.80}")
+        raise CheckpointError(
+            f"{self.source}: key {key!r} must be of type {kind.__name__}, found {value!r:.80}"
+        )
 
-    def count(self, key: str, default: int | None = None) -> int:
-        """A whole number of at least 1 (a size); absent with ``default=None`` is an error."""
+    def count(self, key: str, default: int | None = None, *, at_most: int = 2**31) -> int:
+        """A whole number from 1 to ``at_most`` (a size); absent with ``default=None`` is an error."""
         value = self.get(int, key) if default is None else self.get(int, key, default)
-        if value < 1:
-            raise CheckpointError(f"{self.source}: key {key!r} must be at least 1, found {value}")
+        if not 1 <= value <= at_most:
+            limit = "at least 1" if value < 1 else f"at most {at_most}"
+            raise CheckpointError(f"{self.source}: key {key!r} must be {limit}, found {value}")
         return value
+
+    @property
+    def num_layers(self) -> int:
+        """``num_hidden_layers``."""
+        return self.count("num_hidden_layers", at_most=MAX_LAYERS)
 
     @property
     def architectures(self) -> tuple[str, ...]:
@@ -139,10 +149,14 @@ class HFConfig:
         found = self.get(dict, "quantization_config", None)
         return None if found is None else dict(found)
 
-    def rope_parameters(self, layer_type: str | None = None) -> dict[str, Any]:
+    def rope_parameters(
+        self, layer_type: str | None = None, *, default_theta: float = 10000.0
+    ) -> dict[str, Any]:
         """What the checkpoint says about rope, in transformers 5's form, at least rope_type and rope_theta.
 
-        ``layer_type``: which entry to read where there is one a layer type ("full_attention").
+        Args:
+            layer_type: which entry to read where there is one a layer type ("full_attention").
+            default_theta: the family's own where the checkpoint does not say.
         """
         found = self.get(dict, "rope_parameters", None) or self.get(dict, "rope_scaling", None) or {}
         nested = {key: value for key, value in found.items() if isinstance(value, Mapping)}
@@ -153,11 +167,15 @@ class HFConfig:
                 )
             found = dict(nested[layer_type])
         values = {key: value for key, value in found.items() if value is not None}
-        values["rope_type"] = self.typed(str, "rope_type", values.get("rope_type", values.get("type", "default")))
+        values["rope_type"] = self.typed(
+            str, "rope_type", values.get("rope_type", values.get("type", "default"))
+        )
         values.pop("type", None)
         theta = values.get("rope_theta")
         values["rope_theta"] = (
-            self.get(float, "rope_theta", 10000.0) if theta is None else self.typed(float, "rope_theta", theta)
+            self.get(float, "rope_theta", default_theta)
+            if theta is None
+            else self.typed(float, "rope_theta", theta)
         )
         partial = self.get(float, "partial_rotary_factor", None)
         if partial is not None:
@@ -195,7 +213,9 @@ class GenerationDefaults:
 
         def number(key: str) -> float | None:
             value = data.get(key)
-            return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
+            if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= LARGEST:
+                return float(value)
+            return None
 
         def whole(key: str) -> int | None:
             value = number(key)
@@ -217,7 +237,9 @@ class GenerationDefaults:
 def token_ids(value: object) -> tuple[int, ...]:
     """Token ids of a config value that may be one id, a list of ids, null or junk; junk gives ()."""
     values = value if isinstance(value, list) else [value]
-    return tuple(item for item in values if isinstance(item, int) and not isinstance(item, bool) and item >= 0)
+    return tuple(
+        item for item in values if isinstance(item, int) and not isinstance(item, bool) and item >= 0
+    )
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
@@ -229,7 +251,9 @@ def read_json_object(path: Path) -> dict[str, Any]:
     try:
         size = path.stat().st_size
         if size > MAX_JSON_BYTES:
-            raise CheckpointError(f"{path} has {size} bytes, at most {MAX_JSON_BYTES} are read; is it the right file?")
+            raise CheckpointError(
+                f"{path} has {size} bytes, at most {MAX_JSON_BYTES} are read; is it the right file?"
+            )
         data = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error

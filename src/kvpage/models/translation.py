@@ -84,12 +84,16 @@ def read_heads(
     return heads, kv_heads, cfg.count("head_dim", head_dim_default or max(hidden // heads, 1))
 
 
-def read_rope(cfg: HFConfig, head_dim: int, *, max_model_len: int | None, layer_type: str | None = None) -> RopeSpec:
+def read_rope(
+    cfg: HFConfig, head_dim: int, *, max_model_len: int | None, layer_type: str | None = None
+) -> RopeSpec:
     """Rope of a model that turns whole heads; frequencies fixed for ``max_model_len`` (or the stated context)."""
     values = cfg.rope_parameters(layer_type)
     kind = OLD_ROPE_NAMES.get(values["rope_type"], values["rope_type"])
     if kind not in ROPE_KEYS:
-        raise CheckpointError(f"{cfg.source}: rope_type {kind!r} is unknown; kvpage has {', '.join(ROPE_KEYS)}")
+        raise CheckpointError(
+            f"{cfg.source}: rope_type {kind!r} is unknown; kvpage has {', '.join(ROPE_KEYS)}"
+        )
     if values.get("partial_rotary_factor", 1.0) != 1.0:
         raise CheckpointError(
             f"{cfg.source}: partial_rotary_factor {values['partial_rotary_factor']} is not used by this family; "
@@ -113,7 +117,9 @@ def read_rope(cfg: HFConfig, head_dim: int, *, max_model_len: int | None, layer_
     )
 
 
-def _checked_rope_values(cfg: HFConfig, kind: str, values: Mapping[str, Any], rotary_dim: int) -> dict[str, Any]:
+def _checked_rope_values(
+    cfg: HFConfig, kind: str, values: Mapping[str, Any], rotary_dim: int
+) -> dict[str, Any]:
     """The values of ``kind``, each of its type; the keys it does not use are left out."""
     used: dict[str, Any] = {}
     for key in ROPE_KEYS[kind]:
@@ -126,7 +132,9 @@ def _checked_rope_values(cfg: HFConfig, kind: str, values: Mapping[str, Any], ro
                 raise CheckpointError(f"{cfg.source}: rope {key} must be above 0, found {used[key]}")
     for key in ("short_factor", "long_factor"):
         if key in ROPE_KEYS[kind]:
-            used[key] = tuple(cfg.typed(float, key, value) for value in cfg.typed(list, key, list(values[key])))
+            used[key] = tuple(
+                cfg.typed(float, key, value) for value in cfg.typed(list, key, list(values[key]))
+            )
             if len(used[key]) != rotary_dim // 2:
                 raise CheckpointError(
                     f"{cfg.source}: rope {key} must have {rotary_dim // 2} values, found {len(used[key])}"
@@ -187,7 +195,9 @@ def place_in_groups(layers: Sequence[LayerSpec]) -> tuple[tuple[LayerSpec, ...],
     return tuple(placed), groups
 
 
-def weight_map(spec: DecoderSpec, names: Mapping[str, str] = HF_NAMES, layers: str = "model.layers") -> WeightMap:
+def weight_map(
+    spec: DecoderSpec, names: Mapping[str, str] = HF_NAMES, layers: str = "model.layers"
+) -> WeightMap:
     """Where each parameter of ``spec`` lies, by a table of module names and the name of the list of layers.
 
     A tied model's head is named too: some checkpoints hold one that differs from the embedding.

@@ -17,7 +17,9 @@ class Attention:
 
     __slots__ = ("_k_norm", "_norm_heads", "_out", "_q_norm", "_qkv", "_sinks", "_spec")
 
-    def __init__(self, spec: AttentionSpec, weights: Mapping[str, WeightForm], prefix: str, env: DecoderEnv) -> None:
+    def __init__(
+        self, spec: AttentionSpec, weights: Mapping[str, WeightForm], prefix: str, env: DecoderEnv
+    ) -> None:
         self._spec = spec
         self._qkv = build_fused(weights, [f"{prefix}.{part}" for part in ("q", "k", "v")], env)
         self._out = build_linear(weights, f"{prefix}.out", env)

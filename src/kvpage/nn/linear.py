@@ -7,7 +7,7 @@ fast as MKL's sgemm on AMD); MKL does not below 12 rows. So a single row is comp
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import ClassVar
 
 import torch
@@ -37,8 +37,7 @@ class DenseLinear(LinearKernel):
         self._weight = form.tensor
         self._bias = bias
         float32_on_cpu = self._weight.device.type == "cpu" and self._weight.dtype == torch.float32
-        # The op that torch's own inductor emits for CPU linears; without it (other builds) F.linear does.
-        self._onednn = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if float32_on_cpu else None
+        self._onednn = find_onednn() if float32_on_cpu else None
         if self._onednn is not None:
             self._min_rows = MIN_ROWS_ONEDNN
         else:
@@ -55,9 +54,14 @@ class DenseLinear(LinearKernel):
 
     def _product(self, x: torch.Tensor) -> torch.Tensor:
         if self._onednn is not None:
-            product: torch.Tensor = self._onednn(x, self._weight, self._bias, "none", [], "")
-            return product
+            return self._onednn(x, self._weight, self._bias, "none", [], "")
         return F.linear(x, self._weight, self._bias)
+
+
+def find_onednn() -> Callable[..., torch.Tensor] | None:
+    """The op that torch's own inductor emits for float32 linears on a CPU; ``None`` in builds without it."""
+    found: Callable[..., torch.Tensor] | None = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+    return found
 
 
 class FusedLinear:

@@ -11,9 +11,11 @@ from kvpage.api.model import DecoderEnv, MLPSpec
 from kvpage.api.quant import WeightForm
 from kvpage.nn.linear import build_fused, build_linear
 
+# torch computes gelu of a contiguous tensor by oneDNN and of a strided one by itself, with other roundings; a
+# single row always counts as contiguous, so all rows are made so.
 ACTIVATIONS: Mapping[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "silu": F.silu,
-    "gelu": F.gelu,
+    "gelu": lambda x: F.gelu(x.contiguous()),
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
     "relu": F.relu,
     "relu2": lambda x: F.relu(x).square_(),
@@ -25,7 +27,9 @@ class MLP:
 
     __slots__ = ("_act", "_down", "_gated", "_inner")
 
-    def __init__(self, spec: MLPSpec, weights: Mapping[str, WeightForm], prefix: str, env: DecoderEnv) -> None:
+    def __init__(
+        self, spec: MLPSpec, weights: Mapping[str, WeightForm], prefix: str, env: DecoderEnv
+    ) -> None:
         self._act = ACTIVATIONS[spec.activation]
         self._gated = spec.gated
         parts = ("gate", "up") if spec.gated else ("up",)

@@ -22,10 +22,14 @@ class MoE:
 
     __slots__ = ("_experts", "_router", "_shared", "_shared_gate", "_spec")
 
-    def __init__(self, spec: MoESpec, weights: Mapping[str, WeightForm], prefix: str, env: DecoderEnv) -> None:
+    def __init__(
+        self, spec: MoESpec, weights: Mapping[str, WeightForm], prefix: str, env: DecoderEnv
+    ) -> None:
         self._spec = spec
         self._router = build_linear(weights, f"{prefix}.router", env)
-        self._experts = [MLP(spec.expert, weights, f"{prefix}.experts.{i}", env) for i in range(spec.num_experts)]
+        self._experts = [
+            MLP(spec.expert, weights, f"{prefix}.experts.{i}", env) for i in range(spec.num_experts)
+        ]
         self._shared = None if spec.shared is None else MLP(spec.shared, weights, f"{prefix}.shared", env)
         gated = spec.shared is not None and spec.shared_gate
         self._shared_gate = build_linear(weights, f"{prefix}.shared_gate", env) if gated else None

@@ -40,7 +40,9 @@ def build_rope(spec: RopeSpec, max_model_len: int, device: torch.device | str) -
 
 def _powers(spec: RopeSpec, theta: float) -> torch.Tensor:
     """theta ** (2i / rotary_dim), float32 [rotary_dim / 2]."""
-    exponents: torch.Tensor = torch.arange(0, spec.rotary_dim, 2, dtype=torch.float32, device="cpu") / spec.rotary_dim
+    exponents: torch.Tensor = (
+        torch.arange(0, spec.rotary_dim, 2, dtype=torch.float32, device="cpu") / spec.rotary_dim
+    )
     powers: torch.Tensor = theta**exponents
     return powers
 

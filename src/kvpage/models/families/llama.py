@@ -37,7 +37,7 @@ def translate(cfg: HFConfig, *, max_model_len: int | None) -> ModelDefinition:
         cfg,
         family="llama",
         max_model_len=max_model_len,
-        windows=(None,) * cfg.count("num_hidden_layers"),
+        windows=(None,) * cfg.num_layers,
         qkv_bias=bias,
         out_bias=bias,
         mlp_bias=cfg.get(bool, "mlp_bias", False),
@@ -65,7 +65,10 @@ def llama_like(
     rope = read_rope(cfg, size, max_model_len=max_model_len)
     norm = NormSpec(kind="rms", eps=cfg.get(float, "rms_norm_eps", 1e-6))
     mlp = MLPSpec(
-        intermediate_size=cfg.count("intermediate_size"), activation=read_activation(cfg), gated=True, bias=mlp_bias
+        intermediate_size=cfg.count("intermediate_size"),
+        activation=read_activation(cfg),
+        gated=True,
+        bias=mlp_bias,
     )
     attention = [
         AttentionSpec(

@@ -24,6 +24,6 @@ def translate(cfg: HFConfig, *, max_model_len: int | None) -> ModelDefinition:
         cfg,
         family="mistral",
         max_model_len=max_model_len,
-        windows=(window,) * cfg.count("num_hidden_layers"),
+        windows=(window,) * cfg.num_layers,
         kv_heads=None if "num_key_value_heads" in cfg else DEFAULT_KV_HEADS,
     )

@@ -32,7 +32,7 @@ def translate(cfg: HFConfig, *, max_model_len: int | None) -> ModelDefinition:
 
 def layer_windows(cfg: HFConfig) -> tuple[int | None, ...]:
     """Each layer's window: by ``layer_types`` where given, else the layers from ``max_window_layers`` on."""
-    count = cfg.count("num_hidden_layers")
+    count = cfg.num_layers
     used = cfg.get(bool, "use_sliding_window", False)
     stated = "sliding_window" not in cfg or cfg.get(int, "sliding_window", None) is not None
     window = cfg.count("sliding_window", DEFAULT_WINDOW) if used and stated else None
@@ -41,7 +41,9 @@ def layer_windows(cfg: HFConfig) -> tuple[int | None, ...]:
         start = cfg.get(int, "max_window_layers", DEFAULT_WINDOW_START)
         return tuple(window if index >= start else None for index in range(count))
     if len(types) != count:
-        raise CheckpointError(f"{cfg.source}: layer_types must have {count} entries (num_hidden_layers), has {len(types)}")
+        raise CheckpointError(
+            f"{cfg.source}: layer_types must have {count} entries (num_hidden_layers), has {len(types)}"
+        )
     unknown = sorted({str(kind) for kind in types} - {"full_attention", "sliding_attention"})
     if unknown:
         raise CheckpointError(

@@ -1,0 +1,142 @@
+"""The engine's own memory: lazily taken, given back, and at most a slice more than the weights at load."""
+
+from __future__ import annotations
+
+import gc
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from kvpage.loading.memory import CHUNK_BYTES, Arena
+
+MIB = 2**20
+linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+
+
+def status(key: str) -> int:
+    """A value of /proc/self/status in bytes."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(key + ":"):
+            return int(line.split()[1]) * 1024
+    raise KeyError(key)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8, torch.int64], ids=str)
+@pytest.mark.parametrize("shape", [(3,), (5, 7), (1024, 1025), (0, 4), ()])
+def test_tensors_are_zeroed_aligned_and_apart(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    arena = Arena()
+    tensors = [arena.allocate(shape, dtype) for _ in range(3)]
+    for value, tensor in enumerate(tensors, 1):
+        assert tensor.shape == shape
+        assert tensor.dtype == dtype
+        assert not tensor.any()
+        assert tensor.data_ptr() % 64 == 0
+        tensor.fill_(value)
+    for value, tensor in enumerate(tensors, 1):
+        assert (tensor == value).all()
+
+
+def test_it_counts_what_it_gave() -> None:
+    arena = Arena()
+    arena.allocate((10, 10), torch.float32)
+    arena.allocate((2 * MIB,), torch.int8)
+    assert arena.allocated_bytes == 400 + 2 * MIB
+
+
+def test_many_small_tensors_fill_chunk_after_chunk() -> None:
+    arena = Arena()
+    tensors = [arena.allocate((CHUNK_BYTES // 3,), torch.int8) for _ in range(8)]
+    for value, tensor in enumerate(tensors):
+        tensor.fill_(value)
+    assert [int(tensor.unique()) for tensor in tensors] == list(range(8))
+
+
+@linux
+def test_untouched_memory_is_address_space_only() -> None:
+    before = status("VmRSS")
+    tensor = Arena().allocate((512 * MIB,), torch.int8)
+    assert status("VmRSS") - before < 8 * MIB
+    tensor[: 64 * MIB].fill_(1)
+    assert status("VmRSS") - before > 60 * MIB
+
+
+@linux
+def test_memory_goes_back_when_the_last_view_dies() -> None:
+    arena = Arena()
+    size, resident = status("VmSize"), status("VmRSS")
+    tensor = arena.allocate((64, MIB), torch.int8).fill_(1)
+    view = tensor[3:5].view(-1)
+    del tensor
+    gc.collect()
+    assert status("VmSize") - size > 60 * MIB
+    assert view.min() == 1
+    del view
+    gc.collect()
+    assert status("VmSize") - size < 8 * MIB
+    assert status("VmRSS") - resident < 8 * MIB
+
+
+@linux
+def test_close_gives_the_pages_back_at_once_and_leaves_views_valid() -> None:
+    arena = Arena()
+    resident = status("VmRSS")
+    tensor = arena.allocate((64 * MIB,), torch.int8).fill_(1)
+    arena.close()
+    arena.close()
+    assert status("VmRSS") - resident < 8 * MIB
+    assert not tensor.any()
+    with pytest.raises(ValueError, match="closed"):
+        arena.allocate((1,), torch.int8)
+
+
+LOADING = """
+import sys, torch
+from pathlib import Path
+from kvpage.api.model import ModelDefinition
+from kvpage.loading.memory import Arena
+from kvpage.loading.readers import open_checkpoint
+from kvpage.loading.weights import load_weights
+from kvpage.models.families import llama
+from kvpage.models.hf_config import HFConfig
+
+def status(key):
+    return next(int(l.split()[1]) * 1024 for l in open("/proc/self/status") if l.startswith(key + ":"))
+
+config = dict(vocab_size=8192, hidden_size=512, intermediate_size=1536, num_hidden_layers=6, num_attention_heads=8,
+              max_position_embeddings=64)
+definition = llama.translate(HFConfig(config), max_model_len=None)
+if sys.argv[1] == "make":
+    from safetensors.torch import save_file
+    from kvpage.api.parameters import parameters
+    save_file({definition.weights[p.name].name: torch.zeros(p.shape) for p in parameters(definition.spec)},
+              Path(sys.argv[2]) / "model.safetensors")
+else:
+    dtype = getattr(torch, sys.argv[1])
+    torch.zeros(64, 64).t().contiguous().to(dtype)
+    arena, before = Arena(), status("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")
+    loaded = load_weights(definition, open_checkpoint(Path(sys.argv[2])), dtype=dtype, device="cpu", arena=arena)
+    print(arena.allocated_bytes, status("VmHWM") - before)
+"""
+
+
+@linux
+def test_peak_memory_of_a_load_is_the_weights_and_a_tenth(tmp_path: Path) -> None:
+    def run(mode: str) -> list[int]:
+        done = subprocess.run(
+            [sys.executable, "-c", LOADING, mode, str(tmp_path)],
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=60,
+        )
+        return [int(word) for word in done.stdout.split()]
+
+    run("make")
+    for dtype in ("float32", "bfloat16"):
+        weights, peak = run(dtype)
+        assert weights > 50 * MIB
+        assert peak < 1.1 * weights + 2 * MIB, f"{dtype}: {peak} bytes at peak for {weights} bytes of weights"
