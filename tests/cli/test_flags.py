@@ -26,7 +26,7 @@ from kvpage.params import SamplingParams
 def parser() -> CommandParser:
     made = CommandParser("kvpage test", "")
     add_model_argument(made)
-    add_sampling_flags(made)
+    add_sampling_flags(made, max_tokens=77)
     add_engine_flags(made, skip=("seed",))
     return made
 
@@ -52,6 +52,21 @@ def test_help_of_neighbours_on_one_line_is_told_apart() -> None:
     assert texts["max_num_seqs"] == "sequences that run at once"
     assert texts["max_num_batched_tokens"] == "tokens of one step"
     assert texts["num_kv_blocks"] == "KV blocks"
+
+
+def test_help_shows_the_default_that_counts() -> None:
+    text = " ".join(parser().format_help().split())
+    assert "KV pool hold [77]" in text
+    assert "share KV blocks between equal prefixes [on]" in text
+
+
+def test_words_and_flags_may_come_in_any_order() -> None:
+    made = CommandParser("kvpage test", "")
+    made.add_argument("prompts", nargs="*")
+    add_engine_flags(made)
+    namespace = made.parse_arguments(["one", "--max-model-len", "64", "two"])
+    assert namespace.prompts == ["one", "two"]
+    assert engine_options(namespace) == {"max_model_len": 64}
 
 
 def test_what_was_not_typed_leaves_no_value() -> None:

@@ -30,7 +30,7 @@ def run(arguments: Sequence[str]) -> int:
     parser.add_argument("--system", metavar="TEXT", help="a system message")
     parser.add_argument("--quick", metavar="TEXT", help="ask this one thing and leave")
     parser.add_argument("--stats", action="store_true", help="tokens and times on stderr after each answer")
-    add_sampling_flags(parser)
+    add_sampling_flags(parser, max_tokens=None)
     add_engine_flags(parser, skip=("seed",))
     namespace = parser.parse_arguments(arguments)
     params = sampling_params(namespace, max_tokens=None)

@@ -45,9 +45,11 @@ def engine_options(namespace: argparse.Namespace, *, skip: Collection[str] = ())
     return given(namespace, EngineOptions, skip=("model", *skip))
 
 
-def add_sampling_flags(parser: CommandParser) -> None:
-    """Every sampling parameter as a flag."""
-    add_flags(parser, SamplingParams, title="sampling", skip=NOT_SAMPLING_FLAGS)
+def add_sampling_flags(parser: CommandParser, *, max_tokens: int | None) -> None:
+    """Every sampling parameter as a flag; ``max_tokens`` is the command's own default."""
+    add_flags(
+        parser, SamplingParams, title="sampling", skip=NOT_SAMPLING_FLAGS, defaults={"max_tokens": max_tokens}
+    )
 
 
 def sampling_params(namespace: argparse.Namespace, **defaults: Any) -> SamplingParams:

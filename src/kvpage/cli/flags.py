@@ -25,15 +25,19 @@ def add_flags(
     title: str,
     skip: Collection[str] = (),
     aliases: Shorts | None = None,
+    defaults: Mapping[str, object] | None = None,
 ) -> None:
-    """One flag for each field of the dataclass ``options`` that is not in ``skip``."""
+    """One flag for each field of the dataclass ``options`` that is not in ``skip``.
+
+    ``defaults``: what a command takes in place of a field's own default, for the help text.
+    """
     group = parser.add_argument_group(title)
     texts = field_help(options)
     for field in fields(options):
         if field.name not in skip:
             spellings = ("--" + field.name.replace("_", "-"), *(aliases or {}).get(field.name, ()))
             group.add_argument(*spellings, dest=field.name, default=argparse.SUPPRESS,
-                               **_shape(field, texts.get(field.name, "")))  # fmt: skip
+                               **_shape(field, texts.get(field.name, ""), defaults or {}))  # fmt: skip
 
 
 def given(namespace: argparse.Namespace, options: type[Any], *, skip: Collection[str] = ()) -> dict[str, Any]:
@@ -57,17 +61,18 @@ def field_help(options: type[Any]) -> dict[str, str]:
     return found
 
 
-def _shape(field: Field[Any], text: str) -> dict[str, Any]:
+def _shape(field: Field[Any], text: str, defaults: Mapping[str, object]) -> dict[str, Any]:
     """argparse keywords for a field, by its annotation (which ``__future__`` keeps as text)."""
     kind = str(field.type)
     text = text.replace("%", "%%")
     if kind == "bool":
         state = "on" if field.default else "off"
         return {"action": argparse.BooleanOptionalAction, "help": f"{text} [{state}]"}
-    default = (
-        "" if field.default in (None, (), "") or callable(field.default_factory) else f" [{field.default}]"
-    )
-    shape: dict[str, Any] = {"help": text + default, "metavar": "TEXT"}
+    value = defaults.get(field.name, None if callable(field.default_factory) else field.default)
+    shape: dict[str, Any] = {
+        "help": text if value in (None, (), "") else f"{text} [{value}]",
+        "metavar": "TEXT",
+    }
     if "Sequence[str]" in kind:
         return {**shape, "action": "append"}
     if "Sequence[int]" in kind:

@@ -59,7 +59,7 @@ def make_parser() -> CommandParser:
     parser.add_argument("--system", metavar="TEXT", help="a system message before each question")
     parser.add_argument("--stats", action="store_true", help="tokens and times on stderr at the end")
     parser.add_argument("--json", action="store_true", help="a JSON object a prompt, when it is finished")
-    add_sampling_flags(parser)
+    add_sampling_flags(parser, max_tokens=DEFAULT_MAX_TOKENS)
     add_engine_flags(parser, skip=("seed",))
     return parser
 

@@ -46,8 +46,8 @@ class CommandParser(argparse.ArgumentParser):
         )
 
     def parse_arguments(self, arguments: Sequence[str]) -> argparse.Namespace:
-        """Parse; unknown flags are refused with the nearest known one."""
-        namespace, unknown = self.parse_known_args([normalise(argument) for argument in arguments])
+        """Parse, words and flags in any order; unknown flags are refused with the nearest known one."""
+        namespace, unknown = self.parse_known_intermixed_args([normalise(argument) for argument in arguments])
         if unknown:
             self.error(self._unknown(unknown[0]))
         return namespace
