@@ -10,6 +10,7 @@ import weakref
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Generator, Sequence
 from concurrent.futures import Future
+from contextlib import suppress
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -19,7 +20,7 @@ from kvpage.engine.core import EngineCore
 from kvpage.engine.inputs import Message, Prompt
 from kvpage.engine.request import RequestState
 from kvpage.engine.stats import EngineStats
-from kvpage.errors import EngineDeadError, KvpageError
+from kvpage.errors import EngineDeadError
 from kvpage.outputs import RequestOutput, TokenEvent
 from kvpage.params import SamplingParams
 from kvpage.plugins import PluginRegistry
@@ -40,8 +41,9 @@ class AsyncHandle:
     read yet are merged, so a slow reader costs no memory.
     """
 
-    def __init__(self, worker: CoreThread, state: RequestState) -> None:
-        self._worker, self._state = worker, state
+    def __init__(self, engine: AsyncEngine, worker: CoreThread, state: RequestState) -> None:
+        # As long as somebody holds a request of it, an engine is not dropped.
+        self._engine, self._worker, self._state = engine, worker, state
         self.loop: Loop | None = None
         self._waiters: list[asyncio.Future[None]] = []
 
@@ -62,7 +64,7 @@ class AsyncHandle:
     def cancel(self) -> None:
         """End the request; unfinished choices get finish_reason "abort". Callable from any thread."""
         if not self._state.done:
-            self._worker.post_abort(self.request_id)
+            self._worker.abort(self._state)
 
     async def aclose(self) -> None:
         """Cancel the request and wait until its blocks are free."""
@@ -104,11 +106,14 @@ class AsyncHandle:
         try:
             while True:
                 done = self._state.done
-                for event in self._state.take_events():
+                events = self._state.take_events()
+                for event in events:
                     yield event
                 if done:
                     break
-                await self._changed()
+                # Whatever came while the reader was busy woke nobody, so only an empty look is followed by a wait.
+                if not events:
+                    await self._changed()
         finally:
             self.cancel()
         if self._state.error is not None:
@@ -118,9 +123,7 @@ class AsyncHandle:
         """Until the engine's thread says that this request gained something (or at once, if it just did)."""
         if self.loop is None:
             self.loop = asyncio.get_running_loop()
-            self._worker.watch(self)
-            if self._state.done:
-                self._worker.unwatch(self)
+            self._worker.watch(self._state, self)
             return
         waiter: asyncio.Future[None] = self.loop.create_future()
         self._waiters.append(waiter)
@@ -129,6 +132,11 @@ class AsyncHandle:
         finally:
             if waiter in self._waiters:
                 self._waiters.remove(waiter)
+
+    def unbind(self) -> None:
+        """The loop is gone, and with it whoever waited there."""
+        self.loop = None
+        self._waiters = []
 
     def wake(self) -> None:
         """In the handle's loop: whoever waits looks again."""
@@ -145,13 +153,13 @@ class CoreThread:
         self.core = core
         self._condition = threading.Condition()
         self._commands: deque[Callable[[], None]] = deque()
-        self._watched: dict[str, AsyncHandle] = {}
+        self._watched: dict[RequestState, AsyncHandle] = {}
         self._stopping = False
         self._thread = threading.Thread(target=self._run, name="kvpage-engine", daemon=True)
         self._thread.start()
 
     def call(self, function: Callable[[EngineCore], T]) -> Future[T]:
-        """Run ``function(core)`` between two steps."""
+        """Run ``function(core)`` between two steps; at once in the engine's own thread (a listener's call)."""
         future: Future[T] = Future()
 
         def run() -> None:
@@ -161,7 +169,10 @@ class CoreThread:
                 # Whatever it was belongs to the caller, who waits for it; the engine's thread goes on.
                 future.set_exception(error)
 
-        self._post(run)
+        if threading.current_thread() is self._thread:
+            run()
+        else:
+            self._post(run)
         return future
 
     def submit(self, state: RequestState) -> None:
@@ -170,21 +181,34 @@ class CoreThread:
         def run() -> None:
             try:
                 self.core.submit(state)
-            except KvpageError as error:
+            except Exception as error:
+                # Whatever is wrong with a request is told to the one who made it.
                 state.fail(error)
                 self._wake([state])
 
         self._post(run)
 
-    def post_abort(self, request_id: str) -> None:
-        self._post(lambda: self._wake(self.core.abort(request_id)))
+    def abort(self, state: RequestState) -> None:
+        """End this request, and no other that has its id by now. Nothing is left to do if the engine stops."""
 
-    def watch(self, handle: AsyncHandle) -> None:
-        """From now on wake this handle's loop when its request gains something."""
-        self._watched[handle.request_id] = handle
+        def run() -> None:
+            request_id = state.output.request_id
+            if self.core.states.get(request_id) is state:
+                self._wake(self.core.abort(request_id))
 
-    def unwatch(self, handle: AsyncHandle) -> None:
-        self._watched.pop(handle.request_id, None)
+        with suppress(EngineDeadError):
+            self._post(run)
+
+    def abort_id(self, request_id: str) -> None:
+        """End whichever request has this id."""
+        with suppress(EngineDeadError):
+            self._post(lambda: self._wake(self.core.abort(request_id)))
+
+    def watch(self, state: RequestState, handle: AsyncHandle) -> None:
+        """From now on wake the handle's loop when its request gains something."""
+        self._watched[state] = handle
+        if state.done:
+            self._watched.pop(state, None)
 
     def request_stop(self) -> None:
         """End the thread after the step it is in; every unfinished request ends with "abort"."""
@@ -195,11 +219,6 @@ class CoreThread:
     @property
     def alive(self) -> bool:
         return self._thread.is_alive()
-
-    @property
-    def idle(self) -> bool:
-        """Whether no request is open or on its way."""
-        return not (self._commands or self.core.states)
 
     def stop(self) -> None:
         """``request_stop`` and wait. Idempotent."""
@@ -215,6 +234,16 @@ class CoreThread:
             self._condition.notify()
 
     def _run(self) -> None:
+        try:
+            self._serve()
+        finally:
+            with self._condition:
+                self._stopping = True
+            self.core.close()
+            self._wake(list(self._watched))
+
+    def _serve(self) -> None:
+        """Commands and steps, until the engine is to stop; commands that came before that are still run."""
         core = self.core
         while True:
             with self._condition:
@@ -225,10 +254,9 @@ class CoreThread:
             for command in commands:
                 command()
             if stopping:
-                break
+                return
             if core.has_work:
                 self._step()
-        self._wake(core.close())
 
     def _step(self) -> None:
         states = list(self.core.states.values())
@@ -243,8 +271,7 @@ class CoreThread:
         """One call into each event loop that has a reader of these requests."""
         by_loop: dict[Loop, list[AsyncHandle]] = {}
         for state in states:
-            request_id = state.output.request_id
-            handle = self._watched.pop(request_id, None) if state.done else self._watched.get(request_id)
+            handle = self._watched.pop(state, None) if state.done else self._watched.get(state)
             if handle is not None and handle.loop is not None:
                 by_loop.setdefault(handle.loop, []).append(handle)
         for loop, handles in by_loop.items():
@@ -253,7 +280,8 @@ class CoreThread:
             except RuntimeError:
                 # The loop is closed, so nobody reads these any more: their requests end.
                 for handle in handles:
-                    self.core.abort(handle.request_id)
+                    handle.unbind()
+                    handle.cancel()
 
 
 class AsyncEngine:
@@ -325,7 +353,7 @@ class AsyncEngine:
 
     def abort(self, request_id: str) -> None:
         """Cancel a request by id; unknown ids are ignored."""
-        self._worker.post_abort(request_id)
+        self._worker.abort_id(request_id)
 
     def stats(self) -> EngineStats:
         """Counts between two steps (waits for the running step to end)."""
@@ -352,7 +380,7 @@ class AsyncEngine:
         not suffice (they go on)."""
         self._draining = True
         deadline = None if timeout is None else time.monotonic() + timeout
-        while not self._worker.idle:
+        while await self._open_requests():
             if deadline is not None and time.monotonic() > deadline:
                 return False
             await asyncio.sleep(0.01)
@@ -377,6 +405,14 @@ class AsyncEngine:
     ) -> None:
         await self.aclose()
 
+    async def _open_requests(self) -> int:
+        """Requests that have not ended, those on their way to the engine's thread included."""
+        try:
+            counting = self._worker.call(lambda core: len(core.states))
+        except EngineDeadError:
+            return 0
+        return await asyncio.wrap_future(counting)
+
     def _submit(self, state: RequestState) -> AsyncHandle:
         if self._draining:
             raise EngineDeadError("the engine is draining and takes no more requests")
@@ -386,7 +422,7 @@ class AsyncEngine:
         return handle
 
     def _make_handle(self, state: RequestState) -> AsyncHandle:
-        return AsyncHandle(self._worker, state)
+        return AsyncHandle(self, self._worker, state)
 
 
 def _wake_all(handles: Sequence[AsyncHandle]) -> None:

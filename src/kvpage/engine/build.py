@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from kvpage.api.attention import AttentionEnv, AttentionNeed
 from kvpage.api.events import EventListener
 from kvpage.api.model import AttentionSpec, DecoderEnv, DecoderSpec, ModelDefinition
 from kvpage.api.quant import CheckpointView
+from kvpage.api.records import Record
 from kvpage.cache.manager import BlockManager, GroupConfig
 from kvpage.config import (
     EngineOptions,
@@ -28,9 +30,9 @@ from kvpage.config import (
 )
 from kvpage.engine.core import EngineCore
 from kvpage.engine.executor import LocalExecutor
-from kvpage.engine.inputs import InputLimits, InputProcessor
+from kvpage.engine.inputs import ChatTemplates, InputLimits, InputProcessor
 from kvpage.engine.stats import Listeners, StatsLog
-from kvpage.errors import CheckpointError, ConfigError
+from kvpage.errors import CheckpointError, ConfigError, PluginError, RequestError
 from kvpage.loading.hub import resolve as resolve_model
 from kvpage.loading.memory import Arena
 from kvpage.loading.readers import DummyView, ModuleView, open_checkpoint
@@ -117,20 +119,23 @@ def build_engine(options: EngineOptions, plugins: PluginRegistry | None) -> Engi
             ),
             spec.vocab_size,
         )
+        templates = _templates(options, tokenizer)
         core = _core(options, registry, config, spec, runner, tokenizer, arena)
-    except BaseException:
+    except BaseException as error:
         arena.close()
+        if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
+            raise ConfigError(f"the engine does not fit into memory ({error}): lower kv_cache_memory or "
+                              "num_kv_blocks, max_num_seqs or max_model_len") from error
         raise
     limits = InputLimits(
         vocab_size=spec.vocab_size,
-        max_model_len=config.max_model_len,
         max_logprobs=options.max_logprobs,
         eos_token_ids=eos,
         processors=frozenset(processors),
     )
     stated = {name: getattr(generation, name) for name in NEUTRAL}
     defaults = stated if options.generation_config == "auto" else {}
-    inputs = InputProcessor(tokenizer, _template(options, tokenizer), limits, defaults, options.seed)
+    inputs = InputProcessor(tokenizer, templates, limits, defaults, options.seed)
     return EngineParts(core, inputs, config, choice)
 
 
@@ -294,11 +299,21 @@ def _core(
         ),
         blocks,
     )
-    listeners: list[EventListener] = [load(record)() for record in registry.event_listeners()]
+    listeners = [_make_listener(record) for record in registry.event_listeners()]
     core = EngineCore(scheduler, blocks, LocalExecutor(runner), tokenizer, Listeners(listeners), arena.close)
     if not options.disable_log_stats:
         core.listeners.add(StatsLog(core.stats))
     return core
+
+
+def _make_listener(record: Record) -> EventListener:
+    try:
+        return cast(EventListener, load(record)())
+    except PluginError:
+        raise
+    except Exception as error:  # a plugin's constructor may raise anything
+        raise PluginError(f"event listener {record.name!r} cannot be made ({type(error).__name__}: {error}): "
+                          "leave its plugin out or repair it") from error
 
 
 def _tokenizer(options: EngineOptions, source: Source) -> Tokenizer | None:
@@ -317,11 +332,24 @@ def _tokenizer(options: EngineOptions, source: Source) -> Tokenizer | None:
     return load_tokenizer(folder, mode=mode, trust_remote_code=options.trust_remote_code)
 
 
-def _template(options: EngineOptions, tokenizer: Tokenizer | None) -> ChatTemplate | None:
-    template = options.chat_template or (None if tokenizer is None else tokenizer.chat_template)
-    if template is None:
-        return None
-    return ChatTemplate(template, {} if tokenizer is None else tokenizer.special_tokens)
+def _templates(options: EngineOptions, tokenizer: Tokenizer | None) -> ChatTemplates:
+    """The option's template, else the model's; a model whose own does not compile can still complete prompts."""
+    special_tokens = {} if tokenizer is None else tokenizer.special_tokens
+    if options.chat_template is not None:
+        try:
+            return ChatTemplates(ChatTemplate(options.chat_template, special_tokens))
+        except RequestError as error:
+            raise ConfigError(f"chat_template: {error}") from error
+    if tokenizer is None:
+        return ChatTemplates()
+    found: list[ChatTemplate | None] = []
+    for source in (tokenizer.chat_template, tokenizer.chat_template_for(tools=True)):
+        try:
+            found.append(None if source is None else ChatTemplate(source, special_tokens))
+        except RequestError as error:
+            LOG.warning("%s", error)
+            found.append(None)
+    return ChatTemplates(*found)
 
 
 def _generation(options: EngineOptions, source: Source) -> GenerationDefaults:
@@ -329,5 +357,3 @@ def _generation(options: EngineOptions, source: Source) -> GenerationDefaults:
         return GenerationDefaults.from_folder(source.folder)
     stated = getattr(source.module, "generation_config", None)
     return GenerationDefaults() if stated is None else GenerationDefaults.from_dict(stated.to_dict())
-
-

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from traceback import clear_frames
 
 from kvpage.api.events import StepStats
 from kvpage.cache.manager import BlockManager
@@ -15,8 +17,8 @@ from kvpage.errors import EngineDeadError, KvpageError, RequestError
 from kvpage.outputs import PositionLogprobs
 from kvpage.sched.plan import StepPlan
 from kvpage.sched.scheduler import Scheduler
-from kvpage.sched.step import Commit
 from kvpage.sched.sequence import Sequence as ScheduledSequence
+from kvpage.sched.step import Commit
 from kvpage.text.tokenizer import Tokenizer
 
 
@@ -49,12 +51,14 @@ class EngineCore:
         self.scheduler = scheduler
         self.blocks = blocks
         self.states: dict[str, RequestState] = {}
-        self.dead: Exception | None = None
+        self.dead: BaseException | None = None
         self.totals = Totals()
         self.listeners = listeners
         self._executor: Executor | None = executor
         self._tokenizer = tokenizer
         self._release = release
+        self._stepping = False
+        self._asked_to_abort: list[RequestState] = []
 
     @property
     def has_work(self) -> bool:
@@ -80,28 +84,48 @@ class EngineCore:
         began = time.perf_counter()
         changed: dict[str, RequestState] = {}
         plan: StepPlan | None = None
+        executing = False
+        self._stepping = True
         try:
             for sequence in self.scheduler.expire():
                 self._finish(sequence, changed)
             plan = self.scheduler.schedule()
             if plan is not None:
                 assert self._executor is not None, "a closed engine has no work"
+                executing = True
                 result = self._executor.submit(plan).result()
+                executing = False
                 self._deliver(self.scheduler.commit(plan, result), changed)
-        except Exception as error:
+        except BaseException as error:
+            if executing and plan is not None and not isinstance(error, Exception):
+                # Ctrl-C while the model ran: nothing was taken in, the next step computes it again.
+                self.scheduler.fail(plan)
+                raise
             # Nothing of a failed step can be trusted, whatever went wrong in it.
             self._die(plan, error)
-            raise self._dead_error() from error
+            if isinstance(error, Exception):
+                raise self._dead_error() from error
+            raise
+        finally:
+            self._stepping = False
         if plan is not None:
             self.totals.steps += 1
             if self.listeners:
                 self._tell_step(plan, time.perf_counter() - began)
+        self._abort_asked(changed)
         return list(changed.values())
 
     def abort(self, request_id: str) -> list[RequestState]:
-        """End a request, in whatever state it is; unfinished choices end with "abort". Unknown ids are ignored."""
+        """End a request, in whatever state it is; unfinished choices end with "abort". Unknown ids are ignored.
+
+        Out of a step itself (a listener, or the garbage collector closing a stream) it happens when the step is
+        through.
+        """
         state = self.states.get(request_id)
         if state is None:
+            return []
+        if self._stepping:
+            self._asked_to_abort.append(state)
             return []
         changed: dict[str, RequestState] = {}
         for sequence in self.scheduler.abort(state.request):
@@ -117,6 +141,8 @@ class EngineCore:
             self._executor.close()
             self._executor = None
             self._release()
+            # What a failed step left in its frames would keep weights and KV mapped.
+            clear_frames(self.dead.__traceback__)
         return changed
 
     def check_alive(self) -> None:
@@ -150,10 +176,17 @@ class EngineCore:
         """Turn a commit into tokens and text of the requests' choices."""
         now = time.monotonic()
         states = self.states
+        for request, found in commit.prompt_logprobs:
+            if (asked := states.get(request.request_id)) is not None:
+                asked.output.prompt_logprobs = [
+                    None if position is None else with_texts(position, self._tokenizer) for position in found
+                ]
         logprobs: Sequence[PositionLogprobs | None] | None = commit.logprobs
         for i, (sequence, token_id) in enumerate(zip(commit.sequences, commit.token_ids, strict=True)):
             request_id = sequence.request.request_id
-            state = states[request_id]
+            state = states.get(request_id)
+            if state is None:  # another choice of the request failed in this very step
+                continue
             changed[request_id] = state
             if state.first_token is None:
                 state.first_token = now
@@ -171,19 +204,16 @@ class EngineCore:
                 continue
             if matched is not None:
                 self.scheduler.finish(sequence, "stop", matched)
-                self._finish(sequence, changed, matched=True)
+                self._finish(sequence, changed, matched=matched)
         self.totals.generated_tokens += len(commit.token_ids)
-        for request, found in commit.prompt_logprobs:
-            states[request.request_id].output.prompt_logprobs = [
-                None if position is None else with_texts(position, self._tokenizer) for position in found
-            ]
         for sequence in commit.finished:
             self._finish(sequence, changed)
 
     def _finish(
-        self, sequence: ScheduledSequence, changed: dict[str, RequestState], *, matched: bool = False
+        self, sequence: ScheduledSequence, changed: dict[str, RequestState], *, matched: str | None = None
     ) -> None:
-        """A sequence has its finish reason: so has its choice."""
+        """A sequence has its finish reason: so has its choice. A stop string goes before max_tokens, which its last
+        token may have reached as well."""
         state = self.states.get(sequence.request.request_id)
         reason = sequence.finish_reason
         if state is None or reason is None:
@@ -192,7 +222,11 @@ class EngineCore:
         if sequence.error is not None:
             self._fail(state, RequestError(sequence.error))
             return
-        state.finish(sequence.index, reason, sequence.stop_reason, matched=matched)
+        if matched is None:
+            state.finish(sequence.index, reason, sequence.stop_reason)
+        else:
+            reason = "stop"
+            state.finish(sequence.index, reason, matched, flush=False)
         if self.listeners:
             choice = state.choices[sequence.index].output
             request_id, tokens = state.output.request_id, len(choice.token_ids)
@@ -212,12 +246,21 @@ class EngineCore:
         if self.listeners:
             self.listeners.tell(lambda o: o.completed(state.output.request_id, state.output.metrics))
 
-    def _die(self, plan: StepPlan | None, error: Exception) -> None:
+    def _abort_asked(self, changed: dict[str, RequestState]) -> None:
+        asked, self._asked_to_abort = self._asked_to_abort, []
+        for state in asked:
+            for sequence in self.scheduler.abort(state.request):
+                self._finish(sequence, changed)
+
+    def _die(self, plan: StepPlan | None, error: BaseException) -> None:
+        """Every request ends with the error, even where the scheduler is what broke."""
         self.dead = error
         if plan is not None:
-            self.scheduler.fail(plan)
+            with suppress(Exception):
+                self.scheduler.fail(plan)
         for state in list(self.states.values()):
-            self.scheduler.abort(state.request)
+            with suppress(Exception):
+                self.scheduler.abort(state.request)
             state.fail(self._dead_error())
             self._forget(state)
 

@@ -46,7 +46,8 @@ class RequestHandle:
 
     def cancel(self) -> None:
         """End the request now; unfinished choices get finish_reason "abort" and keep what was generated."""
-        self._engine.abort(self.request_id)
+        if not self.done:
+            self._engine.abort(self.request_id)
 
     def events(self) -> list[TokenEvent]:
         """What each choice gained since the last call, at most one event a choice."""

@@ -30,30 +30,49 @@ class InputLimits:
     """What a request is held to: V, most top logprobs (-1 = any), the model's EOS ids, known processors."""
 
     vocab_size: int
-    max_model_len: int
     max_logprobs: int
     eos_token_ids: tuple[int, ...]
     processors: frozenset[str]
+
+
+@dataclass(frozen=True, slots=True)
+class ChatTemplates:
+    """The template of conversations, and the one of those with tools; ``None`` where there is none."""
+
+    plain: ChatTemplate | None = None
+    with_tools: ChatTemplate | None = None
+
+    def render(self, messages: Sequence[Message], template_options: Mapping[str, Any]) -> str:
+        """The conversation as its template writes it.
+
+        Raises:
+            RequestError: there is no template, or it refuses the conversation.
+        """
+        template = (self.with_tools if template_options.get("tools") else None) or self.plain
+        if template is None:
+            raise RequestError("this model has no chat template: give one with chat_template=..., or use generate()",
+                               param="messages")
+        return template.render(messages, **template_options)
 
 
 class InputProcessor:
     """Makes RequestStates. Safe to call from several threads.
 
     Args:
-        tokenizer: ``None`` if the engine has none. template: chat template, if there is one.
+        tokenizer: ``None`` if the engine has none. templates: of chats.
         defaults: sampling values of the model's generation_config.json. seed: the engine's, or ``None``.
     """
 
     def __init__(
         self,
         tokenizer: Tokenizer | None,
-        template: ChatTemplate | None,
+        templates: ChatTemplates,
         limits: InputLimits,
         defaults: Mapping[str, Any],
         seed: int | None,
     ) -> None:
         self.tokenizer = tokenizer
-        self.template = template
+        self._templates = templates
         self.limits = limits
         self._defaults = defaults
         self._seed = seed
@@ -74,7 +93,7 @@ class InputProcessor:
             RequestError: prompt or parameters cannot be served; names the field.
         """
         text, token_ids, salt = self._tokenise(prompt)
-        return self._state(text, token_ids, params, request_id, priority, cache_salt or salt)
+        return self._state(text, token_ids, params, request_id, priority, salt if cache_salt is None else cache_salt)
 
     def chat(self, messages: Sequence[Message], **template_options: Any) -> tuple[str, list[int]]:
         """(text, token ids) of a conversation, by the model's chat template."""
@@ -83,10 +102,7 @@ class InputProcessor:
 
     def render_chat(self, messages: Sequence[Message], **template_options: Any) -> str:
         """The conversation as the model's chat template writes it."""
-        if self.template is None:
-            raise RequestError("this model has no chat template: give one with chat_template=..., or use generate()",
-                               param="messages")
-        return self.template.render(messages, **template_options)
+        return self._templates.render(messages, template_options)
 
     def chat_request(
         self, messages: Sequence[Message], params: SamplingParams | None, *, request_id: str | None = None,
@@ -101,8 +117,11 @@ class InputProcessor:
         priority: int, cache_salt: str | None,
     ) -> RequestState:  # fmt: skip
         number = next(self._numbers)
-        if not isinstance(params, (SamplingParams, type(None))):
-            raise RequestError(f"params must be SamplingParams, got {type(params).__name__}", param="params")
+        _check_type("params", params, SamplingParams)
+        _check_type("request_id", request_id, str)
+        _check_type("cache_salt", cache_salt, str)
+        if type(priority) is not int:
+            raise RequestError(f"priority must be an integer, got {priority!r}", param="priority")
         full = (params or SamplingParams()).with_defaults(self._defaults)
         self._check(token_ids, full)
         eos = frozenset(self.limits.eos_token_ids)
@@ -139,8 +158,8 @@ class InputProcessor:
             if not text:
                 raise RequestError("the prompt is empty: give at least one character or token", param="prompt")
             return text, self._need_tokenizer().encode(text), salt
-        if not isinstance(ids, Sequence) or any(type(i) is not int for i in ids):
-            raise RequestError("prompt_token_ids must be a list of integers", param="prompt")
+        if not isinstance(ids, Sequence) or isinstance(ids, (str, bytes, bytearray)) or any(type(i) is not int for i in ids):
+            raise RequestError(f"a prompt must be text or a list of integers, got {ids!r:.80}", param="prompt")
         return text, list(ids), salt
 
     def _check(self, token_ids: Sequence[int], params: SamplingParams) -> None:
@@ -162,16 +181,17 @@ class InputProcessor:
         for name in ("logprobs", "prompt_logprobs"):
             asked = getattr(params, name)
             if asked is not None and limits.max_logprobs != -1 and not 0 <= asked <= limits.max_logprobs:
-                raise RequestError(f"{name}={asked} is more than max_logprobs={limits.max_logprobs}: ask for fewer, "
-                                   "or make the engine with a higher max_logprobs (-1 = no limit)", param=name)
+                what = "all" if asked == -1 else str(asked)
+                raise RequestError(f"{name} asks for {what}, more than max_logprobs={limits.max_logprobs}: ask for "
+                                   "fewer, or make the engine with a higher max_logprobs (-1 = no limit)", param=name)
         for name in params.logits_processors:
             if name not in limits.processors:
                 known = ", ".join(sorted(limits.processors)) or "none"
                 raise RequestError(f"logits processor {name!r} is not registered; known: {known}",
                                    param="logits_processors")
-        if params.stop and self.tokenizer is None:
-            raise RequestError("stop strings need a tokenizer, and this engine has none: use stop_token_ids",
-                               param="stop")
+        for name, instead in (("stop", "stop_token_ids"), ("bad_words", "logit_bias")):
+            if getattr(params, name) and self.tokenizer is None:
+                raise RequestError(f"{name} needs a tokenizer, and this engine has none: use {instead}", param=name)
 
     def _bad_words(self, params: SamplingParams) -> list[list[int]]:
         """Each bad word as it is written at the start of a text and after a space."""
@@ -197,3 +217,8 @@ class InputProcessor:
             raise RequestError("this engine has no tokenizer: give token ids, {'prompt_token_ids': [...]}",
                                param="prompt")
         return self.tokenizer
+
+
+def _check_type(name: str, value: object, wanted: type) -> None:
+    if value is not None and not isinstance(value, wanted):
+        raise RequestError(f"{name} must be {wanted.__name__}, got {type(value).__name__}", param=name)

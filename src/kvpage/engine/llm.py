@@ -56,7 +56,12 @@ class CumulativeHandle(AsyncHandle):
     """Iterates as vLLM does: each item is the whole RequestOutput so far."""
 
     async def _events(self) -> AsyncIterator[Any]:
+        ended = False
         async for _ in super()._events():
+            snapshot = copy.deepcopy(self.output)
+            ended = snapshot.finished
+            yield snapshot
+        if not ended:
             yield copy.deepcopy(self.output)
 
 
@@ -86,4 +91,4 @@ class AsyncLLMEngine(AsyncEngine):
         self.close()
 
     def _make_handle(self, state: RequestState) -> AsyncHandle:
-        return CumulativeHandle(self._worker, state)
+        return CumulativeHandle(self, self._worker, state)

@@ -21,7 +21,8 @@ class Progress:
             TimeElapsedColumn(),
             TextColumn("{task.fields[speed]:.0f} tokens/s"),
         )
-        self._bar = RichProgress(*columns, console=Console(stderr=True), transient=True)
+        self._bar = RichProgress(*columns, console=Console(stderr=True), transient=True, redirect_stdout=False,
+                                 redirect_stderr=False)  # sys.stdout and sys.stderr are the host's
         self._task = self._bar.add_task("generate", total=total, speed=0.0)
         self._began = time.perf_counter()
 

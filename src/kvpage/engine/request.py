@@ -21,11 +21,11 @@ from kvpage.text.tokenizer import Tokenizer
 class Choice:
     """One choice: its output so far, and how much of it was delivered as events.
 
-    The engine's thread writes, any thread may read: ``finish_reason`` is written last, so a reader that sees it
-    sees everything.
+    The engine's thread writes, any thread may read. Logprobs are written before their token and ``finish_reason``
+    last, so a reader that sees a token sees its logprobs, and one that sees the end sees everything.
     """
 
-    __slots__ = ("_detokenizer", "_min_tokens", "_sent_text", "_sent_tokens", "_stops", "_told", "output")
+    __slots__ = ("_detokenizer", "_min_tokens", "_sent_text", "_sent_tokens", "_shows_stop", "_stops", "_told", "output")
 
     def __init__(self, index: int, request: Request, tokenizer: Tokenizer | None) -> None:
         params = request.params
@@ -35,6 +35,7 @@ class Choice:
         self._detokenizer: Detokenizer | None = None
         self._stops: StopStrings | None = None
         self._min_tokens = params.min_tokens
+        self._shows_stop = params.include_stop_str_in_output
         if tokenizer is not None and params.detokenize:
             self._detokenizer = Detokenizer(
                 tokenizer,
@@ -51,19 +52,19 @@ class Choice:
     def add(self, token_id: int, logprobs: PositionLogprobs | None, *, silent: bool) -> str | None:
         """A sampled token; returns the stop string it completed, if any.
 
-        ``silent``: a stop token, whose own text is not part of the answer.
+        ``silent``: a stop token: its own text is not part of the answer, unless stop strings are to be shown.
         """
         output = self.output
-        output.token_ids.append(token_id)
         if logprobs is not None and output.logprobs is not None:
             output.logprobs.append(logprobs)
             output.cumulative_logprob = (output.cumulative_logprob or 0.0) + logprobs[token_id].logprob
-        if self._detokenizer is None or silent:
+        output.token_ids.append(token_id)
+        if self._detokenizer is None or (silent and not self._shows_stop):
             return None
         delta = self._detokenizer.push((token_id,))
         matched = None
         if self._stops is not None and delta:
-            if len(output.token_ids) < self._min_tokens:
+            if silent or len(output.token_ids) < self._min_tokens:
                 delta = self._stops.ignore(delta)
             else:
                 delta, matched = self._stops.push(delta)
@@ -71,10 +72,10 @@ class Choice:
             output.text += delta
         return matched
 
-    def finish(self, reason: FinishReason, stop_reason: int | str | None, *, matched: bool = False) -> None:
-        """The terminal state. ``matched``: a stop string ended it, so what is held back stays out."""
+    def finish(self, reason: FinishReason, stop_reason: int | str | None, *, flush: bool = True) -> None:
+        """The terminal state. ``flush``: text that is held back is shown; not after a stop string or a fault."""
         output = self.output
-        if self._detokenizer is not None and not matched:
+        if self._detokenizer is not None and flush:
             rest = self._detokenizer.flush()
             if self._stops is not None:
                 rest = self._stops.push(rest)[0] + self._stops.flush()
@@ -85,7 +86,7 @@ class Choice:
     def take_event(self) -> TokenEvent | None:
         """What this choice gained since the last call; ``None`` if nothing."""
         output = self.output
-        reason = output.finish_reason
+        reason = output.finish_reason  # read first: it was written last
         tokens, text = len(output.token_ids), output.text
         if tokens == self._sent_tokens and len(text) == self._sent_text and (reason is None or self._told):
             return None
@@ -124,16 +125,17 @@ class RequestState:
 
     @property
     def done(self) -> bool:
-        return self.output.finished or self.error is not None
+        """Whether every choice has ended; written after all else."""
+        return self.output.finished
 
     def finish(
-        self, index: int, reason: FinishReason, stop_reason: int | str | None, *, matched: bool = False
+        self, index: int, reason: FinishReason, stop_reason: int | str | None, *, flush: bool = True
     ) -> None:
         """One choice ended; with the last one, the request did."""
         choice = self.choices[index]
         if choice.output.finish_reason is not None:
             return
-        choice.finish(reason, stop_reason, matched=matched)
+        choice.finish(reason, stop_reason, flush=flush)
         self._unfinished -= 1
         if not self._unfinished:
             self._close_metrics()
@@ -143,10 +145,11 @@ class RequestState:
         """The request ended in error: every unfinished choice ends with "error", readers get ``error`` raised."""
         if self.done:
             return
-        self.error = error
         for choice in self.choices:
             if choice.output.finish_reason is None:
-                choice.finish("error", None)
+                choice.finish("error", None, flush=False)
+        self._close_metrics()
+        self.error = error
         self.output.finished = True
 
     def take_events(self) -> list[TokenEvent]:
