@@ -90,6 +90,46 @@ def test_first_come_is_first_served_even_if_a_later_one_would_fit() -> None:
     assert [s.request for s in bench.scheduler.waiting] == [big, small]
 
 
+def test_who_waits_is_let_in_once_all_its_tokens_fit_and_not_when_a_first_chunk_does() -> None:
+    bench = Bench(blocks=10, block_size=4, tokens=8)
+    first, second = bench.submit(20, max_tokens=1), bench.submit(24, max_tokens=1)
+    while not first.finished:
+        bench.step()
+        assert second.first_scheduled is None
+    bench.drain()
+    assert bench.scheduler.preemptions == 0
+
+
+def test_who_waits_leaves_a_block_to_each_that_still_grows() -> None:
+    bench = Bench(blocks=6, block_size=4, caching=False)
+    growing = bench.submit(8, max_tokens=5)
+    bench.step()
+    waiting = bench.submit(16, max_tokens=1)
+    bench.step()
+    assert waiting.first_scheduled is None
+    bench.drain()
+    assert (growing.preemptions, waiting.preemptions) == (0, 0)
+
+    bench = Bench(blocks=6, block_size=4, caching=False)
+    bench.submit(8, max_tokens=1)  # one more token needs no block
+    waiting = bench.submit(16, max_tokens=1)
+    bench.step()
+    assert waiting.finished
+
+
+def test_nobody_is_let_in_by_a_step_that_preempts() -> None:
+    bench = Bench(blocks=12, block_size=4, caching=False)
+    for length in (8, 8, 16, 1, 1, 1):
+        bench.submit(length, max_tokens=20)
+    preemptions = 0
+    while bench.scheduler.has_work:
+        plan = bench.step()
+        if bench.scheduler.preemptions > preemptions:
+            preemptions = bench.scheduler.preemptions
+            assert plan.admissions == []
+    assert preemptions > 0
+
+
 def test_a_lower_priority_number_goes_first_and_ties_go_by_arrival() -> None:
     bench = Bench(seqs=1, policy="priority")
     names = {"late": 1, "first": 0, "urgent": -1, "second": 0}
@@ -126,9 +166,9 @@ def test_the_last_in_order_gives_way_when_blocks_are_short_and_is_recomputed() -
 
 def test_who_asks_for_a_block_gives_way_itself_when_it_is_the_last_in_order() -> None:
     bench = Bench(blocks=5, block_size=4, caching=False)
-    old, new = bench.submit(9, max_tokens=8), bench.submit(8, max_tokens=8)
+    old, new = bench.submit(8, max_tokens=8), bench.submit(8, max_tokens=8)
     bench.step()
-    plan = bench.step()  # the new one needs a third block
+    plan = bench.step()  # each needs a third block, and there is one
     assert (old.preemptions, new.preemptions) == (0, 1)
     assert [row[0] for row in rows(plan)] == [0]
     assert list(plan.released) == [1]
@@ -208,6 +248,17 @@ def test_a_failed_step_keeps_what_earlier_steps_computed() -> None:
     assert bench.blocks.cached_blocks == 2
     bench.drain()
     assert request.sequences[0].output_token_ids == [1020, 1021, 1022]
+
+
+def test_slots_that_a_failed_plan_released_are_named_again() -> None:
+    bench = Bench(seqs=3)
+    bench.submit(4, max_tokens=1)
+    bench.submit(4, max_tokens=9)
+    bench.step()
+    plan = bench.schedule()
+    assert list(plan.released) == [0]
+    bench.scheduler.fail(plan)  # and the runner never saw it
+    assert set(bench.schedule().released) == {0, 1}
 
 
 def test_blocks_that_sampled_tokens_fill_are_published_too() -> None:

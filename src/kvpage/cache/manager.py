@@ -215,11 +215,12 @@ class BlockManager:
                     hit = found
         return hit * self.block_size
 
-    def admit(self, holder: BlockTables, slot: int, known: int, hit: int, count: int, edits: TableEdits) -> bool:
+    def admit(self, holder: BlockTables, slot: int, known: int, hit: int, count: int, edits: TableEdits,
+              spare: int = 0) -> bool:
         """Take the cached prefix of ``hit`` tokens (from ``match``) and room for the next ``count`` tokens.
 
-        ``False``, with nothing taken, if the pools have too little, or too little for all ``known`` tokens of
-        the sequence: one that is let in too early would be preempted over and over.
+        ``False``, with nothing taken, if the pools have too little; full groups, too little for all ``known``
+        tokens of the sequence and ``spare`` blocks besides: who is let in too early is soon preempted.
         """
         size = self.block_size
         blocks = hit // size
@@ -228,8 +229,9 @@ class BlockManager:
             pool = group.pool
             first = 0 if group.window is None else max(0, hit - group.reach) // size
             found = [pool.index[digest] for digest in holder.digests[group.index][first:blocks]]
-            tokens = known if group.window is None else hit + count
-            needed = -(-tokens // size) - blocks
+            needed = -(-(hit + count) // size) - blocks
+            if group.window is None:
+                needed = -(-known // size) - blocks + spare
             claimed = sum(pool.references[block] == 0 for block in found)
             if needed + claimed > pool.num_free:
                 return False

@@ -136,7 +136,8 @@ class Scheduler:
            others, a chunk each of what the budget leaves for the rest. Where blocks are short, the last in
            policy order is preempted (it was not scheduled yet): blocks and slot are free at once, and it waits.
         2. Unless there was a preemption, waiting sequences, in policy order, take prefix hits, a slot and
-           blocks, until slots, blocks or budget do not suffice for the next.
+           blocks, until slots, blocks or budget do not suffice for the next. Blocks suffice if those that run
+           could have their next one, too: otherwise the newcomer would soon be preempted.
         3. While 1 and 2 go on: full blocks of known tokens are published, so that later rows of the same step
            hit them; and where a row ends the prompt of a request with n > 1, its choices are forked off.
         4. Slots given back since the last plan, by preemption too, are named in ``plan.released``.
@@ -197,6 +198,7 @@ class Scheduler:
     def _admit_waiting(self, step: Step, budget: int) -> None:
         """Rows of waiting sequences, as long as the next one in order gets slots, blocks and a token."""
         waiting, free_slots = self._queues.waiting, self._queues.free_slots
+        spare = sum(map(self._lacking, self._queues.running))
         while waiting and budget > 0:
             sequence = waiting[0]
             born_with = min(len(sequence.children), self.config.num_slots - 1)
@@ -207,7 +209,7 @@ class Scheduler:
             hit = 0 if sequence.prompt_logprobs is not None else self.blocks.match(sequence.blocks, sequence.token_ids)
             count = min(known - hit, budget, self._chunk)
             slot = free_slots[-1]
-            if not self.blocks.admit(sequence.blocks, slot, known, hit, count, step.plan):
+            if not self.blocks.admit(sequence.blocks, slot, known, hit, count, step.plan, spare):
                 return
             budget -= count
             self._queues.dequeue(sequence)
@@ -220,6 +222,13 @@ class Scheduler:
                 slot, sequence.token_ids[:], sequence.prompt_length, request.params, request.seed, sequence.index,
                 request.bad_word_ids))
             self._add_row(step, sequence, count)
+            spare += self._lacking(sequence)
+
+    def _lacking(self, sequence: Sequence) -> int:
+        """Blocks a group that ``sequence`` will soon want: for the rest of its known tokens, or its next block."""
+        size, blocks = self.blocks.block_size, sequence.blocks.num_blocks
+        grows = sequence.max_length - 1 > blocks * size
+        return max(-(-len(sequence.token_ids) // size) - blocks, int(grows))
 
     def _note_admission(self, sequence: Sequence, hit: int) -> None:
         request = sequence.request
