@@ -9,14 +9,17 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from kvpage.api.model import ModelDefinition
+from kvpage.api.model import DecoderEnv, ModelDefinition
+from kvpage.api.parameters import parameters
 from kvpage.errors import CheckpointError
 from kvpage.loading.memory import Arena
 from kvpage.loading.readers import ModuleView, open_checkpoint
 from kvpage.loading.weights import LoadedWeights, load_weights
+from kvpage.models.decoder import Decoder
 from kvpage.models.families import llama
 from kvpage.models.hf_config import HFConfig
 from kvpage.nn.linear import merge
+from kvpage.nn.rotary import build_rope
 
 CONFIG: dict[str, Any] = {
     "vocab_size": 50,
@@ -36,8 +39,6 @@ def define(**values: Any) -> ModelDefinition:
 
 def make_tensors(definition: ModelDefinition, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
     """A checkpoint's tensors of random values, by its own names."""
-    from kvpage.api.parameters import parameters
-
     generator = torch.Generator().manual_seed(0)
     return {
         definition.weights[p.name].name: torch.randn(p.shape, generator=generator).to(dtype)
@@ -87,7 +88,6 @@ def test_tensors_read_in_many_slices_are_whole(tmp_path: Path, monkeypatch: pyte
     tensors = make_tensors(definition)
     save(tmp_path, tensors)
     monkeypatch.setattr("kvpage.loading.readers.SLICE_BYTES", 300)
-    monkeypatch.setattr("kvpage.loading.weights.TRANSPOSE_ROWS", 3)
     for name, form in load(tmp_path, definition).weights.items():
         assert torch.equal(form.tensor, tensors[definition.weights[name].name]), name
 
@@ -199,6 +199,26 @@ def test_a_living_model_of_another_dtype_is_copied_and_left_alone() -> None:
     for name, form in loaded.weights.items():
         assert torch.equal(form.tensor, before[definition.weights[name].name].bfloat16())
     assert all(torch.equal(tensors[name], before[name]) for name in tensors)
+
+
+def test_the_hosts_default_dtype_and_device_do_not_matter(tmp_path: Path) -> None:
+    definition = define()
+    tensors = make_tensors(definition)
+    save(tmp_path, tensors)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.device("meta"):
+            loaded = load(tmp_path, definition)
+            decoder = Decoder(definition.spec, loaded.weights, DecoderEnv(device="cpu", dtype="float32"))
+            rope = build_rope(definition.spec.layers[0].mixer.rope, 8, "cpu")
+            logits = decoder.logits(torch.ones(3, CONFIG["hidden_size"], dtype=torch.float32, device="cpu"))
+    finally:
+        torch.set_default_dtype(before)
+    assert {form.tensor.device.type for form in loaded.weights.values()} == {"cpu"}
+    assert {form.tensor.dtype for form in loaded.weights.values()} == {torch.float32}
+    assert (rope.cos.dtype, rope.cos.device.type) == (torch.float32, "cpu")
+    assert (logits.dtype, logits.device.type) == (torch.float32, "cpu")
 
 
 def test_the_file_is_not_written(tmp_path: Path) -> None:

@@ -20,7 +20,6 @@ from kvpage.loading.memory import Arena
 
 FLOATS = frozenset({"float64", "float32", "float16", "bfloat16"})
 KNOWN_BUFFERS = (".inv_freq", ".masked_bias", ".attn.bias", "position_ids")
-TRANSPOSE_ROWS = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,8 +78,6 @@ class _Loader:
             self._untie()
         self._total = sum(_count(parameter) for parameter in self._parameters) * dtype.itemsize
         self._done = 0
-        # float32 on a CPU: oneDNN multiplies by a weight stored [in, out] up to twice as fast for few rows.
-        self._store_transposed = self._device.type == "cpu" and dtype == torch.float32
 
     def load(self) -> LoadedWeights:
         for parameter in self._parameters:
@@ -151,11 +148,7 @@ class _Loader:
     def _copy(self, block: list[Parameter]) -> list[torch.Tensor]:
         """A tensor for the whole block, and each part read into its rows."""
         rows = sum(part.shape[0] for part in block)
-        rest = block[0].shape[1:]
-        if block[0].kind == "linear" and self._store_transposed:
-            merged = self._allocate((*rest, rows)).t()
-        else:
-            merged = self._allocate((rows, *rest))
+        merged = self._allocate((rows, *block[0].shape[1:]))
         parts = list(merged.split([part.shape[0] for part in block]))
         for parameter, target in zip(block, parts, strict=True):
             self._fill(target, self._refs[parameter.name])
@@ -167,19 +160,19 @@ class _Loader:
         return torch.empty(shape, dtype=self._dtype, device=self._device)
 
     def _fill(self, target: torch.Tensor, ref: WeightRef) -> None:
-        """Read ``ref`` into ``target`` [out, ...], in any strides."""
+        """Read ``ref`` into ``target`` [out, ...]."""
         stored = self._view.info(ref.name).shape
         if ref.transpose:
             columns = _columns(ref, stored[1])
             at = 0
             for piece in self._view.slices(ref.name, 0, stored[0]):
-                _copy_rows(target.t()[at : at + piece.shape[0]], piece[:, columns])
+                target.t()[at : at + piece.shape[0]].copy_(piece[:, columns])
                 at += piece.shape[0]
             return
         at = 0
         for start, stop in _ranges(ref, stored[0]):
             for piece in self._view.slices(ref.name, start, stop):
-                _copy_rows(target[at : at + piece.shape[0]], piece)
+                target[at : at + piece.shape[0]].copy_(piece)
                 at += piece.shape[0]
 
     def _unused(self) -> Iterator[str]:
@@ -229,12 +222,3 @@ def _columns(ref: WeightRef, outputs: int) -> torch.Tensor | slice:
     if len(ranges) == 1:
         return slice(*ranges[0])
     return torch.cat([torch.arange(start, stop, device="cpu") for start, stop in ranges])
-
-
-def _copy_rows(target: torch.Tensor, piece: torch.Tensor) -> None:
-    """target.copy_(piece); into a transposed target a few rows at a time, so that both sides stay in cache."""
-    if target.dim() == 2 and target.stride(0) < target.stride(1):
-        for start in range(0, piece.shape[0], TRANSPOSE_ROWS):
-            target[start : start + TRANSPOSE_ROWS].copy_(piece[start : start + TRANSPOSE_ROWS])
-    else:
-        target.copy_(piece)

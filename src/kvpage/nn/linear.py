@@ -1,8 +1,9 @@
 """Linear layers: the plain kernel, and several outputs of one input computed as one product.
 
 A row's result must not depend on the number of rows beside it, or a request alone would differ from the same
-request in a batch. Measured with torch 2.13 on x86: oneDNN float32 keeps this from 2 rows on (and is twice as
-fast as MKL's sgemm on AMD); MKL does not below 12 rows. So a single row is computed as two.
+request in a batch. Measured with torch 2.13 on x86, float32: oneDNN keeps this from 2 rows on, whatever the
+number of threads (and is 1.5 to 2 times as fast as MKL on AMD); F.linear, which is MKL, only from 12 rows on.
+Fewer rows are therefore computed as that many. bfloat16 and float16 keep it from 1 row on.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from kvpage.api.quant import Dense, LinearEnv, LinearKernel, WeightForm
 from kvpage.errors import PluginError
 
 MIN_ROWS_ONEDNN = 2
-MIN_ROWS_FALLBACK = 4
+MIN_ROWS_FALLBACK = 12
 
 
 class DenseLinear(LinearKernel):
