@@ -261,3 +261,15 @@ def test_check_notices_a_block_that_was_released_behind_a_table() -> None:
 def test_impossible_sizes_are_refused(size: int, groups: list[GroupConfig]) -> None:
     with pytest.raises(ConfigError):
         BlockManager(block_size=size, groups=groups)
+
+
+def test_equal_keys_give_equal_digests_and_a_key_of_no_use_is_refused() -> None:
+    def digest(key: bytes | None) -> bytes:
+        blocks = BlockManager(block_size=SIZE, groups=[GroupConfig("full", 4)], hash_key=key)
+        return admitted(blocks, list(range(4)))[0].digests[0][0]
+
+    assert digest(b"shared") == digest(b"shared")
+    assert len({digest(None), digest(None), digest(b"shared")}) == 3
+    for key in (b"", bytes(65)):
+        with pytest.raises(ConfigError, match="hash_key"):
+            digest(key)

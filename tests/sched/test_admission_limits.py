@@ -8,6 +8,7 @@ from sched_bench import Bench
 from kvpage.cache.manager import GroupConfig
 from kvpage.errors import ConfigError, QueueFullError, RequestError
 from kvpage.sched.admission import SchedulerConfig
+from kvpage.sched.sequence import Request
 
 
 def test_an_empty_prompt_is_refused() -> None:
@@ -126,6 +127,18 @@ def test_the_queue_refuses_more_prompt_tokens_than_may_wait_but_never_a_lone_pro
     bench.submit(6)
     with pytest.raises(QueueFullError):
         bench.submit(1)
+
+
+def test_a_policy_that_raises_leaves_nothing_behind() -> None:
+    class Broken:
+        def key(self, request: Request) -> int:
+            raise KeyError(request.request_id)
+
+    bench = Bench(policy=Broken())
+    with pytest.raises(KeyError):
+        bench.submit(4)
+    bench.scheduler.check()
+    assert not bench.scheduler.has_work
 
 
 @pytest.mark.parametrize("limits", [(0, 1, 10), (1, 0, 10), (1, 1, 1)])

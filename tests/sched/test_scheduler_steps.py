@@ -102,32 +102,31 @@ def test_who_waits_is_let_in_once_all_its_tokens_fit_and_not_when_a_first_chunk_
 
 def test_who_waits_leaves_a_block_to_each_that_still_grows() -> None:
     bench = Bench(blocks=6, block_size=4, caching=False)
-    growing = bench.submit(8, max_tokens=5)
+    growing = bench.submit(9, max_tokens=5)  # will want a fourth block
     bench.step()
-    waiting = bench.submit(16, max_tokens=1)
+    waiting = bench.submit(12, max_tokens=1)
     bench.step()
     assert waiting.first_scheduled is None
     bench.drain()
     assert (growing.preemptions, waiting.preemptions) == (0, 0)
 
     bench = Bench(blocks=6, block_size=4, caching=False)
-    bench.submit(8, max_tokens=1)  # one more token needs no block
-    waiting = bench.submit(16, max_tokens=1)
+    bench.submit(9, max_tokens=4)  # has all it ever needs
+    bench.step()
+    waiting = bench.submit(12, max_tokens=1)
     bench.step()
     assert waiting.finished
 
 
 def test_nobody_is_let_in_by_a_step_that_preempts() -> None:
-    bench = Bench(blocks=12, block_size=4, caching=False)
-    for length in (8, 8, 16, 1, 1, 1):
-        bench.submit(length, max_tokens=20)
-    preemptions = 0
-    while bench.scheduler.has_work:
-        plan = bench.step()
-        if bench.scheduler.preemptions > preemptions:
-            preemptions = bench.scheduler.preemptions
-            assert plan.admissions == []
-    assert preemptions > 0
+    bench = Bench(blocks=5, block_size=4, policy="priority", caching=False)
+    bench.submit(8, priority=1, max_tokens=8)
+    victim = bench.submit(8, priority=2, max_tokens=8)
+    bench.step()
+    bench.submit(1, priority=0, max_tokens=1)
+    plan = bench.step()
+    assert (victim.preemptions, plan.admissions) == (1, [])
+    assert len(bench.step().admissions) == 1
 
 
 def test_a_lower_priority_number_goes_first_and_ties_go_by_arrival() -> None:

@@ -106,7 +106,7 @@ class BlockManager:
         block_size: tokens a block, the same in every group.
         groups: at least one.
         enable_prefix_caching: whether blocks are found again by what they hold.
-        hash_key: key of the prefix hashes, at most 64 bytes; ``None`` = fresh entropy, so that digests mean
+        hash_key: key of the prefix hashes, 1 to 64 bytes; ``None`` = fresh entropy, so that digests mean
             nothing outside this manager.
 
     Attributes:
@@ -119,12 +119,13 @@ class BlockManager:
 
     def __init__(self, *, block_size: int, groups: Sequence[GroupConfig], enable_prefix_caching: bool = True,
                  hash_key: bytes | None = None) -> None:
-        _check_config(block_size, groups)
+        key = os.urandom(32) if hash_key is None else hash_key
+        _check_config(block_size, groups, key)
         self.block_size = block_size
         self.enable_prefix_caching = enable_prefix_caching
         self.queries = self.hits = self.copies = self.forks = 0
         self._groups = [_Group(index, config) for index, config in enumerate(groups)]
-        self._hasher = PrefixHasher(os.urandom(32) if hash_key is None else hash_key, block_size)
+        self._hasher = PrefixHasher(key, block_size)
         self._holders: dict[int, BlockTables] = {}  # by id(): tables that hold blocks
         self._copy_sources: list[tuple[int, int]] = []  # references passed on to the plan being built
 
@@ -426,7 +427,9 @@ def _write(edits: TableEdits, slot: int, group: int, index: int, blocks: Sequenc
     edits.table_blocks.extend(blocks)
 
 
-def _check_config(block_size: int, groups: Sequence[GroupConfig]) -> None:
+def _check_config(block_size: int, groups: Sequence[GroupConfig], key: bytes) -> None:
+    if not 1 <= len(key) <= 64:
+        raise ConfigError(f"hash_key must have 1 to 64 bytes, got {len(key)}: leave it out for a random one")
     if block_size < 1:
         raise ConfigError(f"block_size must be at least 1, got {block_size}")
     if not groups:

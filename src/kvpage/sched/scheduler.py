@@ -107,20 +107,21 @@ class Scheduler:
             raise RequestError(f"request_id {request.request_id!r} is in use by a request that has not ended: "
                                "choose another one", param="request_id")
         max_length = longest_length(request, self.config, self.blocks)
-        self._limits.enter(request, len(self._queues.free_slots))
-        request.number = self._submitted
-        self._submitted += 1
         key = self._policy.key(request)
         prompt = list(request.prompt_token_ids)
-        for index in range(request.params.n):
-            request.sequences.append(Sequence(
-                request, index, prompt if index == 0 else prompt[:], len(prompt), max_length,
-                request.stop_token_ids, (key, request.number, index),
-                self.blocks.open(request.cache_salt, request.adapter)))
-        first = request.sequences[0]
-        first.children = request.sequences[1:]
+        sequences = [
+            Sequence(request, index, prompt[:], len(prompt), max_length, request.stop_token_ids,
+                     (key, self._submitted, index), self.blocks.open(request.cache_salt, request.adapter))
+            for index in range(request.params.n)
+        ]
+        self._limits.enter(request, len(self._queues.free_slots))
+        request.number = self._submitted
+        request.sequences = sequences
+        request.unfinished = len(sequences)
+        first = sequences[0]
+        first.children = sequences[1:]
         first.prompt_logprobs = None if request.params.prompt_logprobs is None else [None]
-        request.unfinished = len(request.sequences)
+        self._submitted += 1
         self._requests[request.request_id] = request
         self._deadlines.add(request)
         self._queues.enqueue(first)
