@@ -107,12 +107,21 @@ def test_a_missing_or_absurd_size_names_file_and_key(family: Any, key: str) -> N
             {"rope_scaling": {"type": "linear", "factor": "2"}},
             "key 'factor' must be of type float, found '2'",
         ),
-        ({"rope_scaling": {"type": "linear", "factor": 0}}, "rope factor must be above 0"),
+        ({"rope_scaling": {"type": "linear", "factor": 0}}, "key 'factor' must be above 0"),
         ({"rope_scaling": {"type": "llama3", "factor": 2.0}}, "rope_type 'llama3' needs 'low_freq_factor'"),
         (
             {"rope_scaling": {"type": "longrope", "short_factor": [1.0], "long_factor": [1.0]}},
             "rope short_factor must have 4 values, found 1",
         ),
+        (
+            {"rope_scaling": {"type": "longrope", "short_factor": [1.0] * 4, "long_factor": 3}},
+            "key 'long_factor' must be of type list, found 3",
+        ),
+        (
+            {"rope_scaling": {"type": "yarn", "factor": 2.0, "original_max_position_embeddings": 0}},
+            "key 'original_max_position_embeddings' must be above 0, found 0",
+        ),
+        ({"rope_theta": -1.0}, "key 'rope_theta' must be above 0, found -1.0"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5 is not used by this family"),
         ({"tie_word_embeddings": "yes"}, "key 'tie_word_embeddings' must be of type bool, found 'yes'"),
     ],

@@ -102,15 +102,16 @@ def read_rope(
     if head_dim % 2:
         raise CheckpointError(f"{cfg.source}: head_dim {head_dim} is odd; rope turns pairs of elements")
     context = cfg.count("max_position_embeddings")
-    trained = values.setdefault("original_max_position_embeddings", context)
+    trained = _positive(cfg, int, values, "original_max_position_embeddings", context)
+    values["original_max_position_embeddings"] = trained
     if kind in ("yarn", "longrope"):
-        values.setdefault("factor", context / cfg.typed(int, "original_max_position_embeddings", trained))
+        values.setdefault("factor", context / trained)
     used = _checked_rope_values(cfg, kind, values, head_dim)
     if kind == "dynamic":
         used["max_position_embeddings"] = context
     return RopeSpec(
         kind=kind,
-        theta=values["rope_theta"],
+        theta=_positive(cfg, float, values, "rope_theta"),
         rotary_dim=head_dim,
         max_position=(max_model_len or context) if kind in ("dynamic", "longrope") else 0,
         parameters=used,
@@ -127,21 +128,16 @@ def _checked_rope_values(
             raise CheckpointError(f"{cfg.source}: rope_type {kind!r} needs {key!r} in rope_parameters")
     for key in ("factor", "low_freq_factor", "high_freq_factor"):
         if key in ROPE_KEYS[kind]:
-            used[key] = cfg.typed(float, key, values[key])
-            if used[key] <= 0:
-                raise CheckpointError(f"{cfg.source}: rope {key} must be above 0, found {used[key]}")
+            used[key] = _positive(cfg, float, values, key)
     for key in ("short_factor", "long_factor"):
         if key in ROPE_KEYS[kind]:
-            used[key] = tuple(
-                cfg.typed(float, key, value) for value in cfg.typed(list, key, list(values[key]))
-            )
+            used[key] = tuple(cfg.typed(float, key, value) for value in cfg.typed(list, key, values[key]))
             if len(used[key]) != rotary_dim // 2:
                 raise CheckpointError(
                     f"{cfg.source}: rope {key} must have {rotary_dim // 2} values, found {len(used[key])}"
                 )
     if kind in ("yarn", "longrope", "llama3"):
-        key = "original_max_position_embeddings"
-        used[key] = cfg.typed(int, key, values[key])
+        used["original_max_position_embeddings"] = values["original_max_position_embeddings"]
     if kind in ("yarn", "longrope") and "attention_factor" in values:
         used["attention_factor"] = cfg.typed(float, "attention_factor", values["attention_factor"])
     if kind == "yarn":
@@ -150,6 +146,16 @@ def _checked_rope_values(
                 used[key] = cfg.typed(float, key, values[key])
         used["truncate"] = cfg.typed(bool, "truncate", values.get("truncate", True))
     return used
+
+
+def _positive(
+    cfg: HFConfig, kind: type[Any], values: Mapping[str, Any], key: str, default: Any = None
+) -> Any:
+    """``values[key]`` (or ``default``) as ``kind``, above 0."""
+    value = cfg.typed(kind, key, values.get(key, default))
+    if value <= 0:
+        raise CheckpointError(f"{cfg.source}: key {key!r} must be above 0, found {value}")
+    return value
 
 
 def context_length(cfg: HFConfig, rope: RopeSpec, max_model_len: int | None) -> int:
