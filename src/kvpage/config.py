@@ -103,6 +103,15 @@ class EngineOptions:
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
                 raise ConfigError(f"{name} must be a positive integer, got {value!r}")
+        for name, lowest in (("seed", 0), ("max_logprobs", -1), ("long_prefill_token_threshold", 0)):
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < lowest):
+                raise ConfigError(f"{name} must be at least {lowest}, an integer, got {value!r}")
+        if self.tokenizer_mode not in {"auto", "slow"}:
+            raise ConfigError(f"tokenizer_mode must be 'auto' or 'slow', got {self.tokenizer_mode!r}")
+        key = self.prefix_cache_key
+        if key is not None and not (isinstance(key, bytes) and 0 < len(key) <= 64):
+            raise ConfigError(f"prefix_cache_key must be 1 to 64 bytes, got {type(key).__name__} {key!r:.80}")
         if self.dtype != "auto" and str(self.dtype).removeprefix("torch.") not in DTYPES:
             raise ConfigError(f"dtype must be 'auto' or one of {', '.join(DTYPES)}, got {self.dtype!r}")
         if self.load_format not in {"auto", "safetensors", "dummy"}:
