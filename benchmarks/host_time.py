@@ -44,17 +44,30 @@ def running_scheduler(sequences: int, steps: int, seed: int) -> Scheduler:
     scheduler = Scheduler(config, BlockManager(block_size=BLOCK_SIZE, groups=[GroupConfig("full", blocks)]))
     for number in range(sequences):
         prompt = [draw.randrange(3, VOCABULARY) for _ in range(draw.randrange(100, 501))]
-        scheduler.submit(Request(
-            f"request-{number}", prompt, SamplingParams(max_tokens=None, temperature=0.0), seed=number, arrival=0.0,
-            stop_token_ids=frozenset([END_OF_TEXT]), eos_token_ids=frozenset([END_OF_TEXT])))
+        scheduler.submit(
+            Request(
+                f"request-{number}",
+                prompt,
+                SamplingParams(max_tokens=None, temperature=0.0),
+                seed=number,
+                arrival=0.0,
+                stop_token_ids=frozenset([END_OF_TEXT]),
+                eos_token_ids=frozenset([END_OF_TEXT]),
+            )
+        )
     return scheduler
 
 
 def measure(sequences: int, steps: int, seed: int, clock: Callable[[], float]) -> dict[str, list[float]]:
     """Milliseconds of every step, by part."""
     scheduler = running_scheduler(sequences, steps, seed)
-    builder = BatchBuilder(max_num_seqs=sequences, max_num_batched_tokens=MAX_NUM_BATCHED_TOKENS,
-                           max_model_len=MAX_MODEL_LEN, block_size=BLOCK_SIZE, num_groups=1)
+    builder = BatchBuilder(
+        max_num_seqs=sequences,
+        max_num_batched_tokens=MAX_NUM_BATCHED_TOKENS,
+        max_model_len=MAX_MODEL_LEN,
+        block_size=BLOCK_SIZE,
+        num_groups=1,
+    )
     draw = random.Random(seed)
     times: dict[str, list[float]] = {part: [] for part in PARTS}
     decoding = 0
@@ -90,7 +103,9 @@ def percentile(values: list[float], share: float) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--sequences", type=int, nargs="+", default=[1, 32, 256])
     parser.add_argument("--steps", type=int, default=400, help="decode steps a repeat")
     parser.add_argument("--repeats", type=int, default=5)
@@ -105,12 +120,22 @@ def main() -> None:
             gc.collect()
             runs.append(measure(sequences, args.steps, repeat, clock))
         results[str(sequences)] = {
-            part: {"median": round(statistics.median(statistics.median(run[part]) for run in runs), 4),
-                   "p99": round(statistics.median(percentile(run[part], 0.99) for run in runs), 4)}
-            for part in PARTS}
-    report = {"unit": "ms", "clock": "cpu" if args.cpu_time else "wall", "python": platform.python_version(),
-              "machine": platform.machine(), "block_size": BLOCK_SIZE, "steps": args.steps, "repeats": args.repeats,
-              "sequences": results}
+            part: {
+                "median": round(statistics.median(statistics.median(run[part]) for run in runs), 4),
+                "p99": round(statistics.median(percentile(run[part], 0.99) for run in runs), 4),
+            }
+            for part in PARTS
+        }
+    report = {
+        "unit": "ms",
+        "clock": "cpu" if args.cpu_time else "wall",
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "block_size": BLOCK_SIZE,
+        "steps": args.steps,
+        "repeats": args.repeats,
+        "sequences": results,
+    }
     text = json.dumps(report, indent=2)
     sys.stdout.write(text + "\n")
     if args.output:

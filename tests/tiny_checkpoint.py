@@ -39,7 +39,12 @@ def write_checkpoint(folder: Path, *, seed: int = 0, tokenizer: bool = True, **c
     save_file(random_weights(settings, seed), folder / "model.safetensors", metadata={"format": "pt"})
     if tokenizer:
         backend.save(str(folder / "tokenizer.json"))
-        names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "chat_template": CHAT_TEMPLATE}
+        names = {
+            "bos_token": "<s>",
+            "eos_token": "</s>",
+            "unk_token": "<unk>",
+            "chat_template": CHAT_TEMPLATE,
+        }
         kind = {"tokenizer_class": "PreTrainedTokenizerFast"}
         (folder / "tokenizer_config.json").write_text(json.dumps({**names, **kind}), encoding="utf-8")
     return folder
@@ -69,7 +74,10 @@ def random_weights(config: dict[str, Any], seed: int) -> dict[str, torch.Tensor]
         return torch.randn(shape, generator=generator) * 0.25
 
     hidden, inner, vocabulary = config["hidden_size"], config["intermediate_size"], config["vocab_size"]
-    heads, kv_heads = config["num_attention_heads"] * config["head_dim"], config["num_key_value_heads"] * config["head_dim"]
+    heads, kv_heads = (
+        config["num_attention_heads"] * config["head_dim"],
+        config["num_key_value_heads"] * config["head_dim"],
+    )
     tensors = {
         "model.embed_tokens.weight": draw(vocabulary, hidden),
         "model.norm.weight": torch.ones(hidden),

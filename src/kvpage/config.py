@@ -17,7 +17,10 @@ DTYPES: Mapping[str, str] = {
     "float32": "float32", "float": "float32", "bfloat16": "bfloat16", "float16": "float16", "half": "float16",
 }  # fmt: skip
 ELEMENT_SIZES: Mapping[str, int] = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1, "fp8_e4m3": 1}
-ALIASES: Mapping[str, str] = {"kv_cache_memory_bytes": "kv_cache_memory", "num_gpu_blocks_override": "num_kv_blocks"}
+ALIASES: Mapping[str, str] = {
+    "kv_cache_memory_bytes": "kv_cache_memory",
+    "num_gpu_blocks_override": "num_kv_blocks",
+}
 GIB = 2**30
 
 
@@ -105,7 +108,9 @@ class EngineOptions:
                 raise ConfigError(f"{name} must be a positive integer, got {value!r}")
         for name, lowest in (("seed", 0), ("max_logprobs", -1), ("long_prefill_token_threshold", 0)):
             value = getattr(self, name)
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < lowest):
+            if value is not None and (
+                isinstance(value, bool) or not isinstance(value, int) or value < lowest
+            ):
                 raise ConfigError(f"{name} must be at least {lowest}, an integer, got {value!r}")
         if self.tokenizer_mode not in {"auto", "slow"}:
             raise ConfigError(f"tokenizer_mode must be 'auto' or 'slow', got {self.tokenizer_mode!r}")
@@ -115,15 +120,19 @@ class EngineOptions:
         if self.dtype != "auto" and str(self.dtype).removeprefix("torch.") not in DTYPES:
             raise ConfigError(f"dtype must be 'auto' or one of {', '.join(DTYPES)}, got {self.dtype!r}")
         if self.load_format not in {"auto", "safetensors", "dummy"}:
-            raise ConfigError(f"load_format must be 'auto', 'safetensors' or 'dummy', got {self.load_format!r}")
+            raise ConfigError(
+                f"load_format must be 'auto', 'safetensors' or 'dummy', got {self.load_format!r}"
+            )
         if self.generation_config not in {"auto", "none", "vllm"}:
             raise ConfigError(f"generation_config must be 'auto' or 'none', got {self.generation_config!r}")
         utilization = self.gpu_memory_utilization
         if utilization is not None and not 0 < utilization <= 1:
             raise ConfigError(f"gpu_memory_utilization must be above 0 and at most 1, got {utilization!r}")
         if self.tensor_parallel_size != 1:
-            raise ConfigError(f"tensor_parallel_size={self.tensor_parallel_size}: tensor parallelism has not landed "
-                              "yet; use tensor_parallel_size=1 (kvpage plan -tp N sizes it already)")
+            raise ConfigError(
+                f"tensor_parallel_size={self.tensor_parallel_size}: tensor parallelism has not landed "
+                "yet; use tensor_parallel_size=1 (kvpage plan -tp N sizes it already)"
+            )
         parse_size(self.kv_cache_memory)
 
     @classmethod
@@ -205,8 +214,10 @@ def resolve_context(options: EngineOptions, context: int) -> tuple[int, str]:
     if asked is None:
         return context, "the model's context"
     if asked > context and not options.allow_long_max_model_len:
-        raise ConfigError(f"max_model_len={asked} is beyond the model's context of {context} tokens: "
-                          f"use at most {context}, or allow_long_max_model_len=True to try regardless")
+        raise ConfigError(
+            f"max_model_len={asked} is beyond the model's context of {context} tokens: "
+            f"use at most {context}, or allow_long_max_model_len=True to try regardless"
+        )
     return asked, "given"
 
 
@@ -227,20 +238,30 @@ def resolve(
 
     dtype = resolve_dtype(options, model.dtype)
     reasons["dtype"] = "given" if options.dtype != "auto" else "the checkpoint's"
-    kv_dtype = dtype if options.kv_cache_dtype == "auto" else DTYPES.get(options.kv_cache_dtype, options.kv_cache_dtype)
+    kv_dtype = (
+        dtype
+        if options.kv_cache_dtype == "auto"
+        else DTYPES.get(options.kv_cache_dtype, options.kv_cache_dtype)
+    )
     max_model_len, reasons["max_model_len"] = resolve_context(options, model.context)
     on_cpu = machine.device == "cpu"
     max_num_seqs = choose("max_num_seqs", options.max_num_seqs, lambda: (64 if on_cpu else 256, "default"))
     budget = choose("max_num_batched_tokens", options.max_num_batched_tokens, lambda: (2048, "default"))
-    block_size = choose("block_size", options.block_size, lambda: (preferred_block_size, "the backend's preference"))
+    block_size = choose(
+        "block_size", options.block_size, lambda: (preferred_block_size, "the backend's preference")
+    )
     if budget < max_num_seqs:
-        notes.append(f"max_num_batched_tokens={budget} is below max_num_seqs={max_num_seqs}: "
-                     f"at most {budget} sequences run at once")
+        notes.append(
+            f"max_num_batched_tokens={budget} is below max_num_seqs={max_num_seqs}: "
+            f"at most {budget} sequences run at once"
+        )
     if on_cpu and options.gpu_memory_utilization is not None:
         notes.append("gpu_memory_utilization is not applicable on a CPU: use kv_cache_memory")
 
     if kv_dtype not in ELEMENT_SIZES:
-        raise ConfigError(f"kv_cache_dtype must be 'auto' or one of {', '.join(ELEMENT_SIZES)}, got {kv_dtype!r}")
+        raise ConfigError(
+            f"kv_cache_dtype must be 'auto' or one of {', '.join(ELEMENT_SIZES)}, got {kv_dtype!r}"
+        )
     sizes = [block_size * g.elements_per_token * ELEMENT_SIZES[kv_dtype] for g in model.groups]
     per_sequence = [blocks_per_sequence(g, block_size, max_model_len, budget) for g in model.groups]
     bytes_per_sequence = sum(s * n for s, n in zip(sizes, per_sequence, strict=True))
@@ -248,17 +269,23 @@ def resolve(
         blocks = _share(options.num_kv_blocks, per_sequence)
         reasons["kv_memory"] = f"num_kv_blocks={options.num_kv_blocks} given"
     else:
-        memory, reasons["kv_memory"] = kv_memory(options, machine, bytes_per_sequence * max_num_seqs + sum(sizes))
+        memory, reasons["kv_memory"] = kv_memory(
+            options, machine, bytes_per_sequence * max_num_seqs + sum(sizes)
+        )
         # Block 0 of each group is the null block: it takes memory and holds nothing.
         copies = (memory - sum(sizes)) / bytes_per_sequence
         blocks = tuple(int(copies * n) for n in per_sequence)
         if min(blocks) < 1:
-            raise ConfigError(f"{memory} bytes for KV hold no block: one block of {block_size} tokens takes "
-                              f"{sum(sizes)} bytes; raise kv_cache_memory or lower block_size")
+            raise ConfigError(
+                f"{memory} bytes for KV hold no block: one block of {block_size} tokens takes "
+                f"{sum(sizes)} bytes; raise kv_cache_memory or lower block_size"
+            )
     if any(have < need for have, need in zip(blocks, per_sequence, strict=True)):
         longest = min(have * block_size for have in blocks)
-        notes.append(f"the KV pool holds {longest} tokens, less than max_model_len={max_model_len}: "
-                     "longer requests are refused; raise kv_cache_memory or lower max_model_len")
+        notes.append(
+            f"the KV pool holds {longest} tokens, less than max_model_len={max_model_len}: "
+            "longer requests are refused; raise kv_cache_memory or lower max_model_len"
+        )
     return Resolved(
         device=machine.device, dtype=dtype, kv_dtype=kv_dtype, max_model_len=max_model_len,
         max_num_seqs=max_num_seqs, max_num_batched_tokens=budget, block_size=block_size, num_blocks=blocks,
@@ -276,7 +303,9 @@ def parse_size(value: int | str | None) -> int | None:
         number, unit, binary = match.groups()
         size = int(float(number) * (1024 if binary else 1000) ** " kmgt".index(unit.lower() or " "))
     if size < 1:
-        raise ConfigError(f"a size must be a positive number of bytes or text like '2GiB' or '500MB', got {value!r}")
+        raise ConfigError(
+            f"a size must be a positive number of bytes or text like '2GiB' or '500MB', got {value!r}"
+        )
     return size
 
 

@@ -123,7 +123,11 @@ class SamplingParams:
         return replace(self, **filled)
 
     def __repr__(self) -> str:
-        changed = [f"{f.name}={getattr(self, f.name)!r}" for f in fields(self) if getattr(self, f.name) != _default(f)]
+        changed = [
+            f"{f.name}={getattr(self, f.name)!r}"
+            for f in fields(self)
+            if getattr(self, f.name) != _default(f)
+        ]
         return f"SamplingParams({', '.join(changed)})"
 
     def _normalise(self) -> None:
@@ -144,17 +148,22 @@ class SamplingParams:
         for name in ("stop", "bad_words"):
             for text in getattr(self, name):
                 if not isinstance(text, str) or not text:
-                    raise RequestError(f"{name} must hold non-empty strings, got {text!r}: leave it out", param=name)
+                    raise RequestError(
+                        f"{name} must hold non-empty strings, got {text!r}: leave it out", param=name
+                    )
         for name in ("stop_token_ids", "allowed_token_ids"):
             for token in getattr(self, name) or ():
                 _integer(name, token, 0, None)
         if self.allowed_token_ids is not None and not self.allowed_token_ids:
-            raise RequestError("allowed_token_ids is empty, so no token could be chosen: give ids or leave it out",
-                               param="allowed_token_ids")
+            raise RequestError(
+                "allowed_token_ids is empty, so no token could be chosen: give ids or leave it out",
+                param="allowed_token_ids",
+            )
         if self.logit_bias is not None:
             if not isinstance(self.logit_bias, Mapping):
-                raise RequestError(f"logit_bias must map token ids to numbers, got {self.logit_bias!r}",
-                                   param="logit_bias")
+                raise RequestError(
+                    f"logit_bias must map token ids to numbers, got {self.logit_bias!r}", param="logit_bias"
+                )
             bias = {}
             for token, value in self.logit_bias.items():
                 _integer("logit_bias", token, 0, None)
@@ -164,16 +173,30 @@ class SamplingParams:
 
     def _check_contradictions(self) -> None:
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
-            raise RequestError(f"min_tokens={self.min_tokens} is more than max_tokens={self.max_tokens}: "
-                               "raise max_tokens or lower min_tokens", param="min_tokens")
+            raise RequestError(
+                f"min_tokens={self.min_tokens} is more than max_tokens={self.max_tokens}: "
+                "raise max_tokens or lower min_tokens",
+                param="min_tokens",
+            )
         if self.temperature == 0 and self.n > 1:
-            raise RequestError(f"n={self.n} with temperature=0 would give {self.n} equal answers: "
-                               "set n=1 or a temperature above 0", param="n")
+            raise RequestError(
+                f"n={self.n} with temperature=0 would give {self.n} equal answers: "
+                "set n=1 or a temperature above 0",
+                param="n",
+            )
         if self.stop and not self.detokenize:
-            raise RequestError("stop strings need text: set detokenize=True or use stop_token_ids", param="stop")
+            raise RequestError(
+                "stop strings need text: set detokenize=True or use stop_token_ids", param="stop"
+            )
 
 
-NEUTRAL: Mapping[str, float] = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0}
+NEUTRAL: Mapping[str, float] = {
+    "temperature": 1.0,
+    "top_k": 0,
+    "top_p": 1.0,
+    "min_p": 0.0,
+    "repetition_penalty": 1.0,
+}
 """What ``with_defaults`` gives a field that neither the request nor the model's generation config sets."""
 
 
@@ -189,12 +212,16 @@ def _integer(name: str, value: object, low: int, high: int | None) -> None:
         raise RequestError(f"{name} must be {limit}, got {value}", param=name)
 
 
-def _number(name: str, value: object, low: float | None, high: float | None, *, open_low: bool = False) -> None:
+def _number(
+    name: str, value: object, low: float | None, high: float | None, *, open_low: bool = False
+) -> None:
     if value is None:
         return
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
         raise RequestError(f"{name} must be a finite number, got {value!r}", param=name)
     too_low = low is not None and (value <= low if open_low else value < low)
     if too_low or (high is not None and value > high):
-        bounds = f"{'above' if open_low else 'at least'} {low:g}" + ("" if high is None else f" and at most {high:g}")
+        bounds = f"{'above' if open_low else 'at least'} {low:g}" + (
+            "" if high is None else f" and at most {high:g}"
+        )
         raise RequestError(f"{name} must be {bounds}, got {value!r}", param=name)

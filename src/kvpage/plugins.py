@@ -65,7 +65,9 @@ class PluginRegistry:
         PluginError: in strict mode, a broken plugin; always, two records of one kind with the same name.
     """
 
-    def __init__(self, plugins: Iterable[object] = (), *, entry_points: bool = True, strict: bool = False) -> None:
+    def __init__(
+        self, plugins: Iterable[object] = (), *, entry_points: bool = True, strict: bool = False
+    ) -> None:
         self._manager = pluggy.PluginManager(hookspecs.PROJECT)
         self._manager.add_hookspecs(hookspecs)
         self._strict = strict
@@ -76,7 +78,9 @@ class PluginRegistry:
             name = getattr(plugin, "__name__", type(plugin).__name__)
             self._add(plugin, PluginStatus(str(name), "given to PluginRegistry", ""))
         if entry_points:
-            for point in sorted(importlib.metadata.entry_points(group=hookspecs.PROJECT), key=lambda p: p.name):
+            for point in sorted(
+                importlib.metadata.entry_points(group=hookspecs.PROJECT), key=lambda p: p.name
+            ):
                 self._add_entry_point(point)
 
     def statuses(self) -> list[PluginStatus]:
@@ -181,8 +185,10 @@ class PluginRegistry:
         for record in status.records:
             if record.name in self._records.get(type(record), {}):
                 owner = next(s.name for s in self._statuses if any(_same(r, record) for r in s.records))
-                raise PluginError(f"{type(record).__name__} {record.name!r} is already registered by {owner!r}: "
-                                  "rename one, or leave one plugin out")
+                raise PluginError(
+                    f"{type(record).__name__} {record.name!r} is already registered by {owner!r}: "
+                    "rename one, or leave one plugin out"
+                )
         for record in status.records:
             self._records.setdefault(type(record), {})[record.name] = record
 

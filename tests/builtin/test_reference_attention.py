@@ -81,13 +81,13 @@ def run(case: Case) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     out = torch.empty_like(q)
     backend.attend(q, kv, layer, batch, plan, out)
     queries = q.split([new for _, new in case.rows])
-    oracle = [
-        attention_float64(*item, layer=layer) for item in zip(queries, keys, values, strict=True)
-    ]
+    oracle = [attention_float64(*item, layer=layer) for item in zip(queries, keys, values, strict=True)]
     return out.double(), torch.cat(oracle), kv
 
 
-def attention_float64(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, layer: AttentionLayer) -> torch.Tensor:
+def attention_float64(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, layer: AttentionLayer
+) -> torch.Tensor:
     """q [Q, Hq, D], k and v [L, Hkv, D]; the last query is the last key's."""
     groups = q.shape[1] // k.shape[1]
     k, v = k.double().repeat_interleave(groups, 1), v.double().repeat_interleave(groups, 1)
@@ -191,7 +191,9 @@ def test_rotation_in_one_piece_equals_the_contract_default() -> None:
     backend.plan(batch)
     kv = torch.zeros(backend.kv_layout().shape)
     fused = backend.rope_write(q, k, k, positions, rope, kv, batch)
-    plain = super(ReferenceAttention, backend).rope_write(q, k, k, positions, rope, torch.zeros_like(kv), batch)
+    plain = super(ReferenceAttention, backend).rope_write(
+        q, k, k, positions, rope, torch.zeros_like(kv), batch
+    )
     torch.testing.assert_close(fused, plain, rtol=1e-6, atol=1e-6)
 
 

@@ -91,7 +91,9 @@ def test_every_family_gives_the_tokens_of_transformers_in_every_setting(
                 assert stats.preemptions > 0, "the pool was not small enough to show anything"
 
 
-def test_seeded_sampling_gives_the_same_tokens_in_every_setting(make_model: Callable[..., tuple[Any, Path]]) -> None:
+def test_seeded_sampling_gives_the_same_tokens_in_every_setting(
+    make_model: Callable[..., tuple[Any, Path]],
+) -> None:
     _, folder = make_model("LlamaForCausalLM", seed=3)
     prompts = random_prompts(6, 60)
     params = [

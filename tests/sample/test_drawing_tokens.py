@@ -19,17 +19,30 @@ from transformers.generation.logits_process import (
 from kvpage.sample.draw import NO_TOKEN, Shaping, draw, likeliest, weights
 
 COMBINATIONS = [
-    {"temperature": 0.7}, {"top_k": 1}, {"top_k": 40}, {"top_k": 600}, {"top_p": 0.1}, {"top_p": 0.95},
-    {"top_p": 0.9999}, {"min_p": 0.05}, {"top_k": 50, "top_p": 0.5}, {"top_k": 5, "min_p": 0.3},
-    {"temperature": 0.3, "top_k": 100, "top_p": 0.9, "min_p": 0.01}, {"temperature": 1.8, "top_p": 0.8, "min_p": 0.02},
+    {"temperature": 0.7},
+    {"top_k": 1},
+    {"top_k": 40},
+    {"top_k": 600},
+    {"top_p": 0.1},
+    {"top_p": 0.95},
+    {"top_p": 0.9999},
+    {"min_p": 0.05},
+    {"top_k": 50, "top_p": 0.5},
+    {"top_k": 5, "min_p": 0.3},
+    {"temperature": 0.3, "top_k": 100, "top_p": 0.9, "min_p": 0.01},
+    {"temperature": 1.8, "top_p": 0.8, "min_p": 0.02},
     {"top_k": 700, "top_p": 0.99},
 ]
 
 
-def shaping(rows: int, *, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0) -> Shaping:
+def shaping(
+    rows: int, *, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0
+) -> Shaping:
     return Shaping(
-        np.full(rows, temperature, np.float32), np.full(rows, top_k, np.int64),
-        np.full(rows, top_p, np.float64), np.full(rows, min_p, np.float32),
+        np.full(rows, temperature, np.float32),
+        np.full(rows, top_k, np.int64),
+        np.full(rows, top_p, np.float64),
+        np.full(rows, min_p, np.float32),
     )
 
 
@@ -37,8 +50,9 @@ def random_logits(rows: int, vocab_size: int, *, spread: float = 3.0, seed: int 
     return torch.randn(rows, vocab_size, generator=torch.Generator().manual_seed(seed)) * spread
 
 
-def oracle(logits: torch.Tensor, *, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0,
-           min_p: float = 0.0) -> torch.Tensor:
+def oracle(
+    logits: torch.Tensor, *, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0
+) -> torch.Tensor:
     """Probabilities after transformers' warpers, in float64 so that no cut hangs on rounding."""
     scores = TemperatureLogitsWarper(temperature)(None, logits.double())
     if top_k:
@@ -52,7 +66,9 @@ def oracle(logits: torch.Tensor, *, temperature: float = 1.0, top_k: int = 0, to
 
 @pytest.mark.parametrize("spread", [0.2, 3.0, 15.0])
 @pytest.mark.parametrize("asked", COMBINATIONS, ids=str)
-def test_kept_sets_and_probabilities_are_those_of_transformers(asked: dict[str, float], spread: float) -> None:
+def test_kept_sets_and_probabilities_are_those_of_transformers(
+    asked: dict[str, float], spread: float
+) -> None:
     logits = random_logits(12, 1500, spread=spread, seed=5)
     expected = oracle(logits, **asked)
     found = weights(logits.clone(), shaping(12, **asked)).double()
@@ -147,7 +163,10 @@ def test_rows_that_have_no_token_say_so_and_leave_the_others_alone() -> None:
     logits[3, 17] = math.nan
     logits[11] = -math.inf
     logits[20] = math.nan
-    greedy, sampled = likeliest(logits), draw(logits.clone(), shaping(24, top_k=40, top_p=0.9, min_p=0.01), points)
+    greedy, sampled = (
+        likeliest(logits),
+        draw(logits.clone(), shaping(24, top_k=40, top_p=0.9, min_p=0.01), points),
+    )
     bad = [3, 11, 20]
     assert greedy[bad].tolist() == sampled[bad].tolist() == [NO_TOKEN] * 3
     good = np.delete(np.arange(24), bad)
@@ -155,26 +174,39 @@ def test_rows_that_have_no_token_say_so_and_leave_the_others_alone() -> None:
     assert np.array_equal(sampled[good], drawn[good])
 
 
-asked_rows = st.fixed_dictionaries({
-    "temperature": st.floats(0.05, 3.0), "top_k": st.sampled_from([0, 1, 3, 50, 700, 5000]),
-    "top_p": st.sampled_from([1.0, 0.999, 0.9, 0.3]), "min_p": st.sampled_from([0.0, 0.02, 0.5]),
-})
+asked_rows = st.fixed_dictionaries(
+    {
+        "temperature": st.floats(0.05, 3.0),
+        "top_k": st.sampled_from([0, 1, 3, 50, 700, 5000]),
+        "top_p": st.sampled_from([1.0, 0.999, 0.9, 0.3]),
+        "min_p": st.sampled_from([0.0, 0.02, 0.5]),
+    }
+)
 
 
 @settings(deadline=None, max_examples=40)
-@given(st.lists(asked_rows, min_size=1, max_size=20), st.integers(0, 2**32 - 1), st.sampled_from([1, 97, 1003]))
+@given(
+    st.lists(asked_rows, min_size=1, max_size=20), st.integers(0, 2**32 - 1), st.sampled_from([1, 97, 1003])
+)
 def test_a_row_is_worked_out_alike_whatever_rows_are_beside_it(
-    asked: list[dict[str, float]], seed: int, vocab_size: int,
+    asked: list[dict[str, float]],
+    seed: int,
+    vocab_size: int,
 ) -> None:
     logits = random_logits(len(asked), vocab_size, spread=4.0, seed=seed)
     single = [shaping(1, **row) for row in asked]
-    together = Shaping(*(
-        np.concatenate([getattr(row, name) for row in single]) for name in ("temperature", "top_k", "top_p", "min_p")
-    ))
+    together = Shaping(
+        *(
+            np.concatenate([getattr(row, name) for row in single])
+            for name in ("temperature", "top_k", "top_p", "min_p")
+        )
+    )
     batch = weights(logits.clone(), together)
     for index, row in enumerate(single):
-        assert torch.equal(weights(logits[index:index + 1].clone(), row)[0], batch[index])
+        assert torch.equal(weights(logits[index : index + 1].clone(), row)[0], batch[index])
     points = np.random.default_rng(seed).random(len(asked), dtype=np.float32)
     tokens = draw(logits.clone(), together, points)
     for index, row in enumerate(single):
-        assert draw(logits[index:index + 1].clone(), row, points[index:index + 1]).tolist() == [tokens[index]]
+        assert draw(logits[index : index + 1].clone(), row, points[index : index + 1]).tolist() == [
+            tokens[index]
+        ]

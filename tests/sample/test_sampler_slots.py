@@ -78,7 +78,9 @@ class Failing(LogitsProcessor):
 
 
 def sampler(**processors: Callable[[], LogitsProcessor]) -> Sampler:
-    return Sampler(vocab_size=VOCAB, num_slots=SLOTS, eos_token_ids=[2], processors={"seen": Recorder, **processors})
+    return Sampler(
+        vocab_size=VOCAB, num_slots=SLOTS, eos_token_ids=[2], processors={"seen": Recorder, **processors}
+    )
 
 
 def params(**fields: Any) -> SamplingParams:
@@ -101,11 +103,20 @@ class Request:
     bad_word_ids: Sequence[Sequence[int]] = ()
 
     def admit(self, made: Sampler, slot: int) -> None:
-        made.admit(slot, self.params, seed=self.seed, stream=self.stream, token_ids=self.known,
-                   prompt_length=self.prompt_length, bad_word_ids=self.bad_word_ids)
+        made.admit(
+            slot,
+            self.params,
+            seed=self.seed,
+            stream=self.stream,
+            token_ids=self.known,
+            prompt_length=self.prompt_length,
+            bad_word_ids=self.bad_word_ids,
+        )
 
     def copy(self) -> Request:
-        return Request(self.params, self.seed, self.stream, list(self.known), self.prompt_length, self.bad_word_ids)
+        return Request(
+            self.params, self.seed, self.stream, list(self.known), self.prompt_length, self.bad_word_ids
+        )
 
 
 def advance(made: Sampler, running: dict[int, Request]) -> None:
@@ -127,18 +138,26 @@ def alone(sequence: Request, steps: int) -> list[int]:
 
 some_params = st.builds(
     params,
-    temperature=st.sampled_from([0.0, 0.6, 1.0, 2.5]), top_k=st.sampled_from([0, 3, 20]),
-    top_p=st.sampled_from([1.0, 0.9, 0.4]), min_p=st.sampled_from([0.0, 0.1]),
-    repetition_penalty=st.sampled_from([1.0, 1.4]), presence_penalty=st.sampled_from([0.0, 0.8]),
-    frequency_penalty=st.sampled_from([0.0, 0.5]), min_tokens=st.sampled_from([0, 3]),
+    temperature=st.sampled_from([0.0, 0.6, 1.0, 2.5]),
+    top_k=st.sampled_from([0, 3, 20]),
+    top_p=st.sampled_from([1.0, 0.9, 0.4]),
+    min_p=st.sampled_from([0.0, 0.1]),
+    repetition_penalty=st.sampled_from([1.0, 1.4]),
+    presence_penalty=st.sampled_from([0.0, 0.8]),
+    frequency_penalty=st.sampled_from([0.0, 0.5]),
+    min_tokens=st.sampled_from([0, 3]),
     logit_bias=st.sampled_from([None, {3: 2.0, 9: -5.0}]),
     allowed_token_ids=st.sampled_from([None, list(range(1, 40))]),
-    logits_processors=st.sampled_from([(), ("seen",)]), logprobs=st.sampled_from([None, 2]),
+    logits_processors=st.sampled_from([(), ("seen",)]),
+    logprobs=st.sampled_from([None, 2]),
 )
 some_sequences = st.builds(
     lambda asked, seed, stream, prompt, words: Request(asked, seed, stream, prompt, len(prompt), words),
-    some_params, st.integers(0, 2**64 - 1), st.integers(0, 9),
-    st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=6), st.sampled_from([(), ((5,), (7, 8))]),
+    some_params,
+    st.integers(0, 2**64 - 1),
+    st.integers(0, 9),
+    st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=6),
+    st.sampled_from([(), ((5,), (7, 8))]),
 )
 
 
@@ -170,9 +189,16 @@ def test_tokens_depend_on_the_request_alone(sequences: list[Request], random: An
     assert [sequence.known for sequence in sequences] == expected
 
 
-@pytest.mark.parametrize("fields", [
-    {}, {"repetition_penalty": 1.5, "presence_penalty": 0.5}, {"logits_processors": ["seen"]}, {"min_tokens": 5},
-], ids=str)
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"repetition_penalty": 1.5, "presence_penalty": 0.5},
+        {"logits_processors": ["seen"]},
+        {"min_tokens": 5},
+    ],
+    ids=str,
+)
 def test_a_fork_goes_on_as_a_sequence_of_its_own_stream(fields: dict[str, Any]) -> None:
     parent = Request(params(**fields), 77, 0, [1, 2, 3], 3, ((9,), (4, 5)))
     made = sampler()
@@ -192,7 +218,9 @@ def test_a_fork_goes_on_as_a_sequence_of_its_own_stream(fields: dict[str, Any]) 
 
 def test_a_forks_bad_words_begin_with_its_own_tokens() -> None:
     made = sampler()
-    made.admit(0, params(temperature=0.0), seed=0, stream=0, token_ids=[1], prompt_length=1, bad_word_ids=[[4, 5]])
+    made.admit(
+        0, params(temperature=0.0), seed=0, stream=0, token_ids=[1], prompt_length=1, bad_word_ids=[[4, 5]]
+    )
     made.fork(0, 1, stream=1)
     likeliest = torch.zeros(2, VOCAB)
     likeliest[0, 4] = likeliest[1, 6] = 1.0
@@ -226,8 +254,22 @@ def test_bfloat16_logits_are_sampled_as_their_float32_values() -> None:
 
 def test_a_released_slot_leaves_nothing_to_the_next_request() -> None:
     made = sampler()
-    heavy = Request(params(temperature=0.5, top_k=2, presence_penalty=2.0, logprobs=1, min_tokens=9,
-                             logit_bias={5: 50.0}, logits_processors=["seen"]), 1, 0, [1], 1, ((3,),))
+    heavy = Request(
+        params(
+            temperature=0.5,
+            top_k=2,
+            presence_penalty=2.0,
+            logprobs=1,
+            min_tokens=9,
+            logit_bias={5: 50.0},
+            logits_processors=["seen"],
+        ),
+        1,
+        0,
+        [1],
+        1,
+        ((3,),),
+    )
     heavy.admit(made, 0)
     advance(made, {0: heavy})
     made.release(0)
@@ -265,8 +307,14 @@ def test_a_processors_failure_ends_the_requests_that_named_it(where: str) -> Non
     made = sampler(failing=lambda: Failing(where))
     for slot in range(4):
         named = ["failing"] if slot % 2 else ["seen"]
-        made.admit(slot, params(temperature=0.0, logits_processors=named), seed=0, stream=0, token_ids=[1],
-                   prompt_length=1)
+        made.admit(
+            slot,
+            params(temperature=0.0, logits_processors=named),
+            seed=0,
+            stream=0,
+            token_ids=[1],
+            prompt_length=1,
+        )
     rows = torch.stack([logits_after([index]) for index in range(4)])
     sampled = made.sample(rows.clone(), np.arange(4))
     assert set(sampled.errors) == {1, 3}
@@ -285,16 +333,27 @@ def test_a_processor_that_fails_to_release_harms_nobody() -> None:
 def test_a_processor_hears_of_its_slots_in_the_order_of_its_contract() -> None:
     recorder = Recorder()
     made = sampler(mine=lambda: recorder)
-    made.admit(3, params(temperature=0.0, logits_processors=["mine"]), seed=0, stream=0, token_ids=[1, 2, 8, 9],
-               prompt_length=2)
+    made.admit(
+        3,
+        params(temperature=0.0, logits_processors=["mine"]),
+        seed=0,
+        stream=0,
+        token_ids=[1, 2, 8, 9],
+        prompt_length=2,
+    )
     made.admit(0, params(), seed=0, stream=0, token_ids=[1], prompt_length=1)
     rows = torch.stack([logits_after([index]) for index in range(2)]).half()
     token = made.sample(rows, np.array([0, 3])).token_ids[1]
     made.fork(3, 5, stream=1)
     made.release(3)
     assert recorder.calls == [
-        ("admit", 3, (1, 2)), ("advance", 3, (8, 9)), ("apply", (3,), torch.float32), ("advance", 3, (token,)),
-        ("admit", 5, (1, 2)), ("advance", 5, (8, 9, token)), ("release", 3),
+        ("admit", 3, (1, 2)),
+        ("advance", 3, (8, 9)),
+        ("apply", (3,), torch.float32),
+        ("advance", 3, (token,)),
+        ("admit", 5, (1, 2)),
+        ("advance", 5, (8, 9, token)),
+        ("release", 3),
     ]
 
 
@@ -302,8 +361,14 @@ def test_greedy_rows_skip_processors_that_keep_the_argmax() -> None:
     recorder = KeepsArgmax()
     made = sampler(mine=lambda: recorder)
     for slot, temperature in enumerate((0.0, 1.0)):
-        made.admit(slot, params(temperature=temperature, logits_processors=["mine"]), seed=0, stream=0,
-                   token_ids=[1], prompt_length=1)
+        made.admit(
+            slot,
+            params(temperature=temperature, logits_processors=["mine"]),
+            seed=0,
+            stream=0,
+            token_ids=[1],
+            prompt_length=1,
+        )
     made.sample(torch.zeros(2, VOCAB), np.array([0, 1]))
     assert [call for call in recorder.calls if call[0] == "apply"] == [("apply", (1,), torch.float32)]
 
@@ -313,7 +378,9 @@ def test_processors_are_made_once_and_only_when_named() -> None:
     made = sampler(counted=lambda: made_count.append(1) or Recorder())  # type: ignore[func-returns-value]
     assert made_count == []
     for slot in range(3):
-        made.admit(slot, params(logits_processors=["counted"]), seed=0, stream=0, token_ids=[1], prompt_length=1)
+        made.admit(
+            slot, params(logits_processors=["counted"]), seed=0, stream=0, token_ids=[1], prompt_length=1
+        )
     assert made_count == [1]
 
 
@@ -321,13 +388,23 @@ def test_a_processor_that_refuses_a_request_leaves_the_slot_free() -> None:
     recorder = Recorder()
     made = sampler(mine=lambda: recorder)
     with pytest.raises(RequestError, match="refused"):
-        made.admit(0, params(logits_processors=["seen", "mine"], extra_args={"refuse": True}, temperature=0.0),
-                   seed=0, stream=0, token_ids=[1], prompt_length=1)
+        made.admit(
+            0,
+            params(logits_processors=["seen", "mine"], extra_args={"refuse": True}, temperature=0.0),
+            seed=0,
+            stream=0,
+            token_ids=[1],
+            prompt_length=1,
+        )
     made.admit(0, params(temperature=0.0), seed=0, stream=0, token_ids=[1], prompt_length=1)
-    assert made.sample(logits_after([1]).reshape(1, -1), np.array([0])).token_ids == [int(logits_after([1]).argmax())]
+    assert made.sample(logits_after([1]).reshape(1, -1), np.array([0])).token_ids == [
+        int(logits_after([1]).argmax())
+    ]
     assert [call for call in recorder.calls if call[0] == "apply"] == []
 
 
 def test_an_unknown_processor_is_named_with_those_that_exist() -> None:
     with pytest.raises(RequestError, match=r"no logits processor is named 'sene'; registered: seen"):
-        sampler().admit(0, params(logits_processors=["sene"]), seed=0, stream=0, token_ids=[1], prompt_length=1)
+        sampler().admit(
+            0, params(logits_processors=["sene"]), seed=0, stream=0, token_ids=[1], prompt_length=1
+        )

@@ -28,8 +28,9 @@ def params(**fields: Any) -> SamplingParams:
     return SamplingParams(max_tokens=None, **{"temperature": 0.0, **fields}).with_defaults({})
 
 
-def admitted(asked: SamplingParams, prompt: Sequence[int] = (5, 6, 7), output: Sequence[int] = (),
-             **more: Any) -> Sampler:
+def admitted(
+    asked: SamplingParams, prompt: Sequence[int] = (5, 6, 7), output: Sequence[int] = (), **more: Any
+) -> Sampler:
     made = sampler()
     made.admit(0, asked, seed=1, stream=0, token_ids=[*prompt, *output], prompt_length=len(prompt), **more)
     return made
@@ -146,7 +147,9 @@ def test_frequency_and_presence_penalties_follow_openais_formula() -> None:
 
 def test_all_three_penalties_together_look_at_prompt_and_output_each_in_its_way() -> None:
     prompt, output = [5, 6, 7, 8, 9, 10], list[int]()
-    made = admitted(params(repetition_penalty=1.2, frequency_penalty=-0.3, presence_penalty=0.9), prompt=prompt)
+    made = admitted(
+        params(repetition_penalty=1.2, frequency_penalty=-0.3, presence_penalty=0.9), prompt=prompt
+    )
     oracle = RepetitionPenaltyLogitsProcessor(1.2)
     for index in range(60):
         logits = random_row(index % 7)
@@ -170,22 +173,31 @@ def test_bias_comes_before_penalties() -> None:
     # 4: (1 + 3) / 2 = 2 loses to 9's 2.5 ; penalised first it would be 0.5 + 3 = 3.5 and win.
     logits = torch.full((VOCAB,), -10.0)
     logits[4], logits[9] = 1.0, 2.5
-    assert step(admitted(params(logit_bias={4: 3.0}, repetition_penalty=2.0), prompt=(4,)), logits).token_ids == [9]
+    assert step(
+        admitted(params(logit_bias={4: 3.0}, repetition_penalty=2.0), prompt=(4,)), logits
+    ).token_ids == [9]
 
 
-@pytest.mark.parametrize(("name", "fields", "more"), [
-    ("logit_bias", {"logit_bias": {VOCAB: 1.0}}, {}),
-    ("allowed_token_ids", {"allowed_token_ids": [1, VOCAB + 3]}, {}),
-    ("stop_token_ids", {"stop_token_ids": [VOCAB]}, {}),
-    ("bad_words", {}, {"bad_word_ids": [[1, VOCAB]]}),
-    ("prompt", {"repetition_penalty": 1.1}, {"token_ids": [VOCAB], "prompt_length": 1}),
-])
+@pytest.mark.parametrize(
+    ("name", "fields", "more"),
+    [
+        ("logit_bias", {"logit_bias": {VOCAB: 1.0}}, {}),
+        ("allowed_token_ids", {"allowed_token_ids": [1, VOCAB + 3]}, {}),
+        ("stop_token_ids", {"stop_token_ids": [VOCAB]}, {}),
+        ("bad_words", {}, {"bad_word_ids": [[1, VOCAB]]}),
+        ("prompt", {"repetition_penalty": 1.1}, {"token_ids": [VOCAB], "prompt_length": 1}),
+    ],
+)
 def test_token_ids_out_of_the_vocabulary_are_refused_by_name(
-    name: str, fields: dict[str, Any], more: dict[str, Any],
+    name: str,
+    fields: dict[str, Any],
+    more: dict[str, Any],
 ) -> None:
     made = sampler()
     with pytest.raises(RequestError, match=rf"{name} has token id .*vocabulary has {VOCAB} tokens") as caught:
-        made.admit(0, params(**fields), **{"seed": 1, "stream": 0, "token_ids": [1], "prompt_length": 1, **more})
+        made.admit(
+            0, params(**fields), **{"seed": 1, "stream": 0, "token_ids": [1], "prompt_length": 1, **more}
+        )
     assert caught.value.param == name
 
 
@@ -252,5 +264,15 @@ def test_a_step_that_leaves_no_token_is_an_error_of_that_row() -> None:
     sampled = step(admitted(params(allowed_token_ids=[EOS], min_tokens=1)), falling(EOS, 4))
     assert sampled.token_ids == [0]
     assert "every token is forbidden" in sampled.errors[0]
-    assert "NaN" in step(admitted(params(temperature=1.0)), random_row().index_fill(0, torch.tensor([3]), math.nan)).errors[0]
-    assert "+inf" in step(admitted(params(temperature=1.0)), random_row().index_fill(0, torch.tensor([3]), math.inf)).errors[0]
+    assert (
+        "NaN"
+        in step(
+            admitted(params(temperature=1.0)), random_row().index_fill(0, torch.tensor([3]), math.nan)
+        ).errors[0]
+    )
+    assert (
+        "+inf"
+        in step(
+            admitted(params(temperature=1.0)), random_row().index_fill(0, torch.tensor([3]), math.inf)
+        ).errors[0]
+    )

@@ -43,8 +43,13 @@ def test_many_at_once_equal_the_table() -> None:
     assert vectorised([row[:3] for row in TABLE]) == [bits * 2.0**-24 for *_, bits in TABLE]
 
 
-@given(st.lists(st.tuples(
-    st.integers(0, 2**64 - 1), st.integers(0, 2**62), st.integers(0, 2**32 - 1)), min_size=1, max_size=40))
+@given(
+    st.lists(
+        st.tuples(st.integers(0, 2**64 - 1), st.integers(0, 2**62), st.integers(0, 2**32 - 1)),
+        min_size=1,
+        max_size=40,
+    )
+)
 def test_many_at_once_equal_one_at_a_time(triples: list[tuple[int, int, int]]) -> None:
     assert vectorised(triples) == [uniform(*triple) for triple in triples]
 
@@ -61,4 +66,6 @@ def test_uniforms_cover_the_unit_interval_evenly() -> None:
     assert values.max() < 1
     expected = count / 20
     observed, _ = np.histogram(values, bins=20, range=(0, 1))
-    assert ((observed - expected) ** 2 / expected).sum() < 43.8  # chi-square, 19 degrees of freedom, p = 0.001
+    assert (
+        (observed - expected) ** 2 / expected
+    ).sum() < 43.8  # chi-square, 19 degrees of freedom, p = 0.001

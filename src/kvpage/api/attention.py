@@ -48,9 +48,13 @@ class AttentionCaps:
         if need.dtype not in self.dtypes:
             reasons.append(f"dtype {need.dtype} (has {_names(self.dtypes)})")
         if need.kv_dtype != need.dtype and need.kv_dtype not in self.kv_dtypes:
-            reasons.append(f"KV dtype {need.kv_dtype} (has {_names(self.kv_dtypes) or 'only the dtype of the model'})")
+            reasons.append(
+                f"KV dtype {need.kv_dtype} (has {_names(self.kv_dtypes) or 'only the dtype of the model'})"
+            )
         if self.head_dims is not None and not need.head_dims <= self.head_dims:
-            reasons.append(f"head dim {_names(need.head_dims - self.head_dims)} (has {_names(self.head_dims)})")
+            reasons.append(
+                f"head dim {_names(need.head_dims - self.head_dims)} (has {_names(self.head_dims)})"
+            )
         if self.block_sizes is not None and need.block_size not in {None, *self.block_sizes}:
             reasons.append(f"block size {need.block_size} (has {_names(self.block_sizes)})")
         lacking = need.features - self.features

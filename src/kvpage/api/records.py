@@ -26,10 +26,14 @@ class Record:
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", self.name):
-            raise PluginError(f"{type(self).__name__} has the name {self.name!r}: use letters, digits, '-', '_', '.'")
+            raise PluginError(
+                f"{type(self).__name__} has the name {self.name!r}: use letters, digits, '-', '_', '.'"
+            )
         if not re.fullmatch(r"[\w.]+:\w+", self.factory):
-            raise PluginError(f"{type(self).__name__} {self.name!r} has the factory {self.factory!r}: "
-                              "it must look like 'package.module:Name'")
+            raise PluginError(
+                f"{type(self).__name__} {self.name!r} has the factory {self.factory!r}: "
+                "it must look like 'package.module:Name'"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

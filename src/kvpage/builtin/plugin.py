@@ -27,6 +27,8 @@ def kvpage_models() -> list[ModelRecord]:
         "qwen3": ("Qwen3ForCausalLM",),
     }
     return [
-        ModelRecord(name=name, factory=f"kvpage.models.families.{name}:translate", architectures=architectures)
+        ModelRecord(
+            name=name, factory=f"kvpage.models.families.{name}:translate", architectures=architectures
+        )
         for name, architectures in families.items()
     ]

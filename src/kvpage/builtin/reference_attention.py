@@ -187,7 +187,11 @@ class ReferenceAttention(AttentionBackend):
     ) -> ShortGroup:
         bs, heads = self.env.block_size, self.env.num_kv_heads
         device = rows.device
-        first, oldest, length = first[rows].unsqueeze(1), oldest[rows].unsqueeze(1), lengths[rows].unsqueeze(1)
+        first, oldest, length = (
+            first[rows].unsqueeze(1),
+            oldest[rows].unsqueeze(1),
+            lengths[rows].unsqueeze(1),
+        )
         last = (length - 1) // bs - first
         index = torch.arange(size, device=device)
         # Padding reads the row's first block again: its slots are all written, and masked below.

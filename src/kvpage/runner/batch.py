@@ -39,7 +39,13 @@ class BatchBuilder:
     """
 
     def __init__(
-        self, *, max_num_seqs: int, max_num_batched_tokens: int, max_model_len: int, block_size: int, num_groups: int
+        self,
+        *,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        max_model_len: int,
+        block_size: int,
+        num_groups: int,
     ) -> None:
         blocks = -(-max_model_len // block_size)
         self._block_size = block_size

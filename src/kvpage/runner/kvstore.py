@@ -61,7 +61,9 @@ class KVStore:
                 mixer = mixers[index, position]
                 runtime.tensors.append(allocate(layout.shape, dtype))
                 runtime.layers.append(
-                    AttentionLayer(index=position, scale=mixer.scale, window=mixer.window, softcap=mixer.softcap)
+                    AttentionLayer(
+                        index=position, scale=mixer.scale, window=mixer.window, softcap=mixer.softcap
+                    )
                 )
                 runtime.ropes.append(None if mixer.rope is None else tables(mixer.rope))
             self.groups.append(runtime)
@@ -99,7 +101,12 @@ class PagedContext:
         self._groups, self._positions, self._batches, self._plans = groups, positions, batches, plans
 
     def attend(
-        self, spec: AttentionSpec, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor | None = None
+        self,
+        spec: AttentionSpec,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
         group, batch = self._groups[spec.kv_group], self._batches[spec.kv_group]
         index = spec.kv_index
@@ -117,5 +124,7 @@ def _attention_layers(spec: DecoderSpec) -> list[AttentionSpec]:
     found = [mixer for mixer in mixers if isinstance(mixer, AttentionSpec)]
     if len(found) != len(mixers):
         other = next(type(m).__name__ for m in mixers if not isinstance(m, AttentionSpec))
-        raise CheckpointError(f"{spec.family}: layers of type {other} keep no paged KV, which this engine needs")
+        raise CheckpointError(
+            f"{spec.family}: layers of type {other} keep no paged KV, which this engine needs"
+        )
     return found

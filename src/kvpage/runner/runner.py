@@ -35,7 +35,9 @@ class ModelRunner:
     the model, the logits of the rows that want them, forks, the sampler.
     """
 
-    def __init__(self, model: CausalLM, store: KVStore, batch: BatchBuilder, sampler: Sampler, vocab_size: int) -> None:
+    def __init__(
+        self, model: CausalLM, store: KVStore, batch: BatchBuilder, sampler: Sampler, vocab_size: int
+    ) -> None:
         self._model, self._store, self._batch, self._sampler = model, store, batch, sampler
         self._logits_slice = max(1, LOGITS_SLICE_BYTES // (4 * vocab_size))
         self._prompt_logprobs: dict[int, PromptLogprobs] = {}
@@ -72,7 +74,9 @@ class ModelRunner:
                 # A logits processor's own admit may raise anything: that request ends, the slot samples greedily.
                 self._refused[admission.slot] = describe(error)
             if params.prompt_logprobs is not None:
-                self._prompt_logprobs[admission.slot] = PromptLogprobs(params.prompt_logprobs, admission.prompt_length)
+                self._prompt_logprobs[admission.slot] = PromptLogprobs(
+                    params.prompt_logprobs, admission.prompt_length
+                )
         self._batch.apply(plan)
         if plan.copies:
             self._store.copy_blocks(plan.copies)
@@ -106,7 +110,9 @@ class ModelRunner:
         self._batch.append(slots, sampled.token_ids)
         errors = dict(sampled.errors)
         if self._refused:
-            errors.update((i, self._refused[s]) for i, s in enumerate(plan.sample_slots) if s in self._refused)
+            errors.update(
+                (i, self._refused[s]) for i, s in enumerate(plan.sample_slots) if s in self._refused
+            )
         return StepResult(sampled.token_ids, sampled.logprobs, prompt_logprobs, errors)
 
     def _score_prompts(self, plan: StepPlan, hidden: torch.Tensor) -> dict[int, Sequence[PositionLogprobs]]:

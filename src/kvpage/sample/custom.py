@@ -37,7 +37,9 @@ class CustomProcessors:
         self._processors: dict[str, LogitsProcessor] = {}
         self._admissions: dict[int, _Admission] = {}
 
-    def admit(self, slot: int, params: SamplingParams, prompt_ids: Sequence[int], output_ids: Sequence[int]) -> None:
+    def admit(
+        self, slot: int, params: SamplingParams, prompt_ids: Sequence[int], output_ids: Sequence[int]
+    ) -> None:
         """A sequence starts on ``slot``; of ``output_ids``, generated before, its processors hear by ``advance``.
 
         Raises:
@@ -74,8 +76,9 @@ class CustomProcessors:
             except Exception:
                 logger.exception("logits processor %r failed to release a sequence", name)
 
-    def apply(self, logits: torch.Tensor, rows: Sequence[int], slots: Sequence[int],
-              greedy: Sequence[bool]) -> dict[int, str]:
+    def apply(
+        self, logits: torch.Tensor, rows: Sequence[int], slots: Sequence[int], greedy: Sequence[bool]
+    ) -> dict[int, str]:
         """Run each processor once, on the rows whose requests named it, in place.
 
         Args:
@@ -89,9 +92,12 @@ class CustomProcessors:
         for name in self._factories:
             processor = self._processors.get(name)
             chosen = [
-                (row, slot) for row, slot, is_greedy in zip(rows, slots, greedy, strict=True)
-                if processor is not None and name in self._admissions[slot].names
-                and row not in errors and not (is_greedy and processor.keeps_argmax)
+                (row, slot)
+                for row, slot, is_greedy in zip(rows, slots, greedy, strict=True)
+                if processor is not None
+                and name in self._admissions[slot].names
+                and row not in errors
+                and not (is_greedy and processor.keeps_argmax)
             ]
             if processor is None or not chosen:
                 continue
@@ -100,7 +106,9 @@ class CustomProcessors:
                 part = logits[index]
                 changed = processor.apply(part, [slot for _, slot in chosen])
                 if changed.shape != part.shape:
-                    raise ValueError(f"apply() returned shape {tuple(changed.shape)}, expected {tuple(part.shape)}")
+                    raise ValueError(
+                        f"apply() returned shape {tuple(changed.shape)}, expected {tuple(part.shape)}"
+                    )
                 logits[index] = changed.to(logits)
             except Exception as error:
                 message = _failure(name, error)
@@ -124,13 +132,17 @@ class CustomProcessors:
         factory = self._factories.get(name)
         if factory is None:
             known = ", ".join(self._factories) or "none"
-            raise RequestError(f"no logits processor is named {name!r}; registered: {known}",
-                               param="logits_processors")
+            raise RequestError(
+                f"no logits processor is named {name!r}; registered: {known}", param="logits_processors"
+            )
         try:
             self._processors[name] = factory()
         except Exception as error:
-            raise RequestError(f"logits processor {name!r} could not be made ({type(error).__name__}: {error}): "
-                               "leave it out or repair its plugin", param="logits_processors") from error
+            raise RequestError(
+                f"logits processor {name!r} could not be made ({type(error).__name__}: {error}): "
+                "leave it out or repair its plugin",
+                param="logits_processors",
+            ) from error
 
 
 def _failure(name: str, error: Exception) -> str:

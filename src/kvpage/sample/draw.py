@@ -89,7 +89,7 @@ def draw(logits: torch.Tensor, shaping: Shaping, uniforms: Float32Array) -> Int6
     sums = torch.empty((step, vocab_size), dtype=torch.float64, device=device)
     for rows in _chunks(count, step):
         kept = weights(logits[rows], shaping.rows(rows))
-        cumulative = sums[:len(kept)].copy_(kept).cumsum_(-1)
+        cumulative = sums[: len(kept)].copy_(kept).cumsum_(-1)
         total = cumulative[:, -1:]
         drawn = torch.searchsorted(cumulative, points[rows] * total, right=True)
         token_ids[rows] = torch.where(total > 0, drawn, NO_TOKEN).squeeze(-1)  # false for NaN too
@@ -174,7 +174,7 @@ def _largest(values: torch.Tensor, count: int) -> torch.Tensor:
     # Where most values are 0 (underflow) partitioning takes 300 us and sorting 10.
     array = values.numpy()
     if count < vocab_size and 2 * np.count_nonzero(array > 0) > array.size:
-        array = np.partition(array, vocab_size - count, axis=-1)[:, vocab_size - count:]
+        array = np.partition(array, vocab_size - count, axis=-1)[:, vocab_size - count :]
     return torch.from_numpy(np.sort(array, axis=-1)).flip(-1)[:, :count]
 
 

@@ -18,7 +18,9 @@ def raw_logprobs(logits: torch.Tensor) -> torch.Tensor:
 
 
 def position_logprobs(
-    logprobs: torch.Tensor, token_ids: Sequence[int], counts: Sequence[int],
+    logprobs: torch.Tensor,
+    token_ids: Sequence[int],
+    counts: Sequence[int],
 ) -> list[PositionLogprobs]:
     """One mapping a row: the chosen token first, then the top tokens, likeliest first.
 
@@ -36,7 +38,9 @@ def position_logprobs(
     return mappings
 
 
-def prompt_position_logprobs(logits: torch.Tensor, token_ids: Sequence[int], count: int) -> list[PositionLogprobs]:
+def prompt_position_logprobs(
+    logits: torch.Tensor, token_ids: Sequence[int], count: int
+) -> list[PositionLogprobs]:
     """``position_logprobs`` of M prompt positions from raw logits [M, V]; ``token_ids``: the token after each."""
     mappings: list[PositionLogprobs] = []
     for start in range(0, len(token_ids), _ROWS):
@@ -47,7 +51,9 @@ def prompt_position_logprobs(logits: torch.Tensor, token_ids: Sequence[int], cou
 
 
 def _few_position_logprobs(
-    logprobs: torch.Tensor, token_ids: Sequence[int], counts: Sequence[int],
+    logprobs: torch.Tensor,
+    token_ids: Sequence[int],
+    counts: Sequence[int],
 ) -> list[PositionLogprobs]:
     vocab_size = logprobs.shape[-1]
     chosen = torch.tensor(token_ids, device=logprobs.device).unsqueeze(-1)
@@ -55,7 +61,9 @@ def _few_position_logprobs(
     chosen_ranks = (torch.count_nonzero(logprobs > chosen_values, dim=-1) + 1).tolist()
     mappings: list[PositionLogprobs] = [
         {token: Logprob(value, rank)}
-        for token, value, rank in zip(token_ids, chosen_values.squeeze(-1).tolist(), chosen_ranks, strict=True)
+        for token, value, rank in zip(
+            token_ids, chosen_values.squeeze(-1).tolist(), chosen_ranks, strict=True
+        )
     ]
     sizes = np.array([vocab_size if count < 0 else min(count, vocab_size) for count in counts])
     # Rows of one size together: which of two equal tokens topk takes must not depend on what other rows ask for.
@@ -63,9 +71,16 @@ def _few_position_logprobs(
         rows = np.flatnonzero(sizes == size).tolist()
         values, ids = torch.topk(logprobs if len(rows) == len(logprobs) else logprobs[rows], size)
         for row, row_values, row_ids, row_ranks in zip(
-            rows, values.tolist(), ids.tolist(), _ranks(values), strict=True,
+            rows,
+            values.tolist(),
+            ids.tolist(),
+            _ranks(values),
+            strict=True,
         ):
-            mappings[row] = {**mappings[row], **dict(zip(row_ids, map(Logprob, row_values, row_ranks), strict=True))}
+            mappings[row] = {
+                **mappings[row],
+                **dict(zip(row_ids, map(Logprob, row_values, row_ranks), strict=True)),
+            }
     return mappings
 
 

@@ -27,7 +27,9 @@ UNIT = 2.0**-24  # 24 random bits: every uniform is exact in float32, and below 
 _SCALAR_LIMIT = 12  # below about this many rows the pure-Python version is faster than numpy's call overhead
 _MULTIPLIERS = np.array(MULTIPLIERS, dtype=np.uint64)[:, None]
 # What round i adds to the key, before reduction to 32 bits: [ROUNDS, 2, 1].
-_KEY_SCHEDULE = (np.arange(ROUNDS, dtype=np.uint64)[:, None] * np.array(KEY_STEPS, dtype=np.uint64))[:, :, None]
+_KEY_SCHEDULE = (np.arange(ROUNDS, dtype=np.uint64)[:, None] * np.array(KEY_STEPS, dtype=np.uint64))[
+    :, :, None
+]
 _LOW_WORD = np.uint64(LOW_WORD)
 _WORD = np.uint64(32)
 
@@ -40,7 +42,10 @@ def philox4x32_10(counter: Words, key: tuple[int, int]) -> Words:
         product0 = c0 * 0xD2511F53
         product1 = c2 * 0xCD9E8D57
         c0, c1, c2, c3 = (
-            (product1 >> 32) ^ c1 ^ k0, product1 & LOW_WORD, (product0 >> 32) ^ c3 ^ k1, product0 & LOW_WORD,
+            (product1 >> 32) ^ c1 ^ k0,
+            product1 & LOW_WORD,
+            (product0 >> 32) ^ c3 ^ k1,
+            product0 & LOW_WORD,
         )
         k0 = (k0 + 0x9E3779B9) & LOW_WORD
         k1 = (k1 + 0xBB67AE85) & LOW_WORD

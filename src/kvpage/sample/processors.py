@@ -41,18 +41,18 @@ class TokenCounts:
         self._ids = np.zeros(2 * distinct + 16, dtype=np.int64)
         self._counts = np.zeros(len(self._ids), dtype=np.float32)
         self._ids[:distinct] = np.concatenate((seen, silent))
-        self._counts[:len(seen)] = counts
+        self._counts[: len(seen)] = counts
         self._index = {token: place for place, token in enumerate(self._ids[:distinct].tolist())}
 
     @property
     def ids(self) -> Int64Array:
         """Distinct tokens [K], in no particular order."""
-        return self._ids[:len(self._index)]
+        return self._ids[: len(self._index)]
 
     @property
     def counts(self) -> Float32Array:
         """How often the output holds each of ``ids`` [K]; 0 for a token of the prompt alone."""
-        return self._counts[:len(self._index)]
+        return self._counts[: len(self._index)]
 
     def add(self, token: int) -> None:
         """The output grew by ``token``."""
@@ -94,7 +94,7 @@ class BadWords:
         tokens: list[int] = []
         for length in self._lengths:
             if length <= len(self._tail):
-                tokens += self._endings.get(tuple(self._tail[len(self._tail) - length:]), ())
+                tokens += self._endings.get(tuple(self._tail[len(self._tail) - length :]), ())
         return np.array(tokens, dtype=np.int64)
 
     def add(self, token: int) -> None:
@@ -155,8 +155,13 @@ class SlotRules:
 
 
 def slot_rules(
-    params: SamplingParams, *, bad_word_ids: Sequence[Sequence[int]], prompt_ids: Sequence[int],
-    output_ids: Sequence[int], eos_token_ids: Sequence[int], vocab_size: int,
+    params: SamplingParams,
+    *,
+    bad_word_ids: Sequence[Sequence[int]],
+    prompt_ids: Sequence[int],
+    output_ids: Sequence[int],
+    eos_token_ids: Sequence[int],
+    vocab_size: int,
 ) -> SlotRules:
     """The rules of a slot with these parameters (defaults filled), its state rebuilt from its tokens.
 
@@ -164,8 +169,10 @@ def slot_rules(
         RequestError: a token id lies outside the vocabulary.
     """
     for name, ids in (
-        ("logit_bias", params.logit_bias or ()), ("allowed_token_ids", params.allowed_token_ids or ()),
-        ("stop_token_ids", params.stop_token_ids), *(("bad_words", word) for word in bad_word_ids),
+        ("logit_bias", params.logit_bias or ()),
+        ("allowed_token_ids", params.allowed_token_ids or ()),
+        ("stop_token_ids", params.stop_token_ids),
+        *(("bad_words", word) for word in bad_word_ids),
     ):
         _check_ids(name, ids, vocab_size)
     if not all(bad_word_ids):
@@ -178,16 +185,26 @@ def slot_rules(
     stops = {*params.stop_token_ids, *(token for token in eos_token_ids if token < vocab_size)}
     bias = params.logit_bias
     return SlotRules(
-        allowed=None if params.allowed_token_ids is None else np.array(params.allowed_token_ids, dtype=np.int64),
-        stops=np.array(sorted(stops), dtype=np.int64) if stops and len(output_ids) < params.min_tokens else None,
+        allowed=None
+        if params.allowed_token_ids is None
+        else np.array(params.allowed_token_ids, dtype=np.int64),
+        stops=np.array(sorted(stops), dtype=np.int64)
+        if stops and len(output_ids) < params.min_tokens
+        else None,
         bad_words=BadWords(bad_word_ids, output_ids) if bad_word_ids else None,
-        bias=(np.array(list(bias), dtype=np.int64), np.array(list(bias.values()), dtype=np.float32)) if bias else None,
-        counts=counts, repetition=repetition,
-        frequency=params.frequency_penalty, presence=params.presence_penalty,
+        bias=(np.array(list(bias), dtype=np.int64), np.array(list(bias.values()), dtype=np.float32))
+        if bias
+        else None,
+        counts=counts,
+        repetition=repetition,
+        frequency=params.frequency_penalty,
+        presence=params.presence_penalty,
     )
 
 
-def apply_rules(logits: torch.Tensor, rows: Sequence[int], rules: Sequence[SlotRules], early: Sequence[bool]) -> None:
+def apply_rules(
+    logits: torch.Tensor, rows: Sequence[int], rules: Sequence[SlotRules], early: Sequence[bool]
+) -> None:
     """Run the built-in steps on some rows, in place, in the order that ``Sampler`` documents.
 
     Args:
@@ -197,10 +214,14 @@ def apply_rules(logits: torch.Tensor, rows: Sequence[int], rules: Sequence[SlotR
     """
     pairs = list(zip(rows, rules, strict=True))
     _restrict(logits, [(row, rule.allowed) for row, rule in pairs if rule.allowed is not None])
-    _forbid(logits, [
-        (row, rule.stops)
-        for (row, rule), too_early in zip(pairs, early, strict=True) if too_early and rule.stops is not None
-    ])
+    _forbid(
+        logits,
+        [
+            (row, rule.stops)
+            for (row, rule), too_early in zip(pairs, early, strict=True)
+            if too_early and rule.stops is not None
+        ],
+    )
     _forbid(logits, [(row, rule.bad_words.forbidden()) for row, rule in pairs if rule.bad_words is not None])
     _add_bias(logits, [(row, *rule.bias) for row, rule in pairs if rule.bias is not None])
     _penalise(logits, [(row, rule, rule.counts) for row, rule in pairs if rule.counts is not None])
@@ -257,5 +278,8 @@ def _places(logits: torch.Tensor, pairs: Sequence[tuple[int, Int64Array]]) -> to
 def _check_ids(name: str, ids: Iterable[int], vocab_size: int) -> None:
     worst = max(ids, default=0)
     if worst >= vocab_size:
-        raise RequestError(f"{name} has token id {worst}, but the vocabulary has {vocab_size} tokens: "
-                           f"use ids from 0 to {vocab_size - 1}", param=name)
+        raise RequestError(
+            f"{name} has token id {worst}, but the vocabulary has {vocab_size} tokens: "
+            f"use ids from 0 to {vocab_size - 1}",
+            param=name,
+        )

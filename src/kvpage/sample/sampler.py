@@ -79,8 +79,13 @@ class Sampler:
     """
 
     def __init__(
-        self, *, vocab_size: int, num_slots: int, eos_token_ids: Sequence[int],
-        processors: Mapping[str, Callable[[], LogitsProcessor]], device: torch.device | str = "cpu",
+        self,
+        *,
+        vocab_size: int,
+        num_slots: int,
+        eos_token_ids: Sequence[int],
+        processors: Mapping[str, Callable[[], LogitsProcessor]],
+        device: torch.device | str = "cpu",
     ) -> None:
         self.vocab_size = vocab_size
         self.device = torch.device(device)
@@ -99,13 +104,28 @@ class Sampler:
         self._top_p = np.ones(num_slots, dtype=np.float64)
         self._min_p = np.zeros(num_slots, dtype=np.float32)
         self._arrays = (
-            self._flags, self._positions, self._min_positions, self._seeds, self._streams, self._logprobs,
-            self._temperature, self._top_k, self._top_p, self._min_p,
+            self._flags,
+            self._positions,
+            self._min_positions,
+            self._seeds,
+            self._streams,
+            self._logprobs,
+            self._temperature,
+            self._top_k,
+            self._top_p,
+            self._min_p,
         )
 
     def admit(
-        self, slot: int, params: SamplingParams, *, seed: int, stream: int, token_ids: Sequence[int],
-        prompt_length: int, bad_word_ids: Sequence[Sequence[int]] = (),
+        self,
+        slot: int,
+        params: SamplingParams,
+        *,
+        seed: int,
+        stream: int,
+        token_ids: Sequence[int],
+        prompt_length: int,
+        bad_word_ids: Sequence[Sequence[int]] = (),
     ) -> None:
         """A sequence starts, or after a preemption goes on, on ``slot``.
 
@@ -124,8 +144,12 @@ class Sampler:
         self.release(slot)
         prompt_ids, output_ids = token_ids[:prompt_length], token_ids[prompt_length:]
         rules = slot_rules(
-            params, bad_word_ids=bad_word_ids, prompt_ids=prompt_ids, output_ids=output_ids,
-            eos_token_ids=self._eos_token_ids, vocab_size=self.vocab_size,
+            params,
+            bad_word_ids=bad_word_ids,
+            prompt_ids=prompt_ids,
+            output_ids=output_ids,
+            eos_token_ids=self._eos_token_ids,
+            vocab_size=self.vocab_size,
         )
         if params.logits_processors:
             self._custom.admit(slot, params, prompt_ids, output_ids)
@@ -133,8 +157,10 @@ class Sampler:
             self._rules[slot] = rules
         temperature = 1.0 if params.temperature is None else params.temperature
         self._flags[slot] = (
-            (_DRAWS if temperature >= GREEDY_BELOW else 0) | (0 if rules.empty else _RULES)
-            | (_CUSTOM if params.logits_processors else 0) | (0 if params.logprobs is None else _LOGPROBS)
+            (_DRAWS if temperature >= GREEDY_BELOW else 0)
+            | (0 if rules.empty else _RULES)
+            | (_CUSTOM if params.logits_processors else 0)
+            | (0 if params.logprobs is None else _LOGPROBS)
         )
         self._positions[slot] = len(token_ids)
         self._min_positions[slot] = prompt_length + params.min_tokens
@@ -198,7 +224,10 @@ class Sampler:
 
     @torch.inference_mode()
     def prompt_logprobs(
-        self, logits: torch.Tensor, next_token_ids: Sequence[int], count: int,
+        self,
+        logits: torch.Tensor,
+        next_token_ids: Sequence[int],
+        count: int,
     ) -> list[PositionLogprobs]:
         """Raw log-probabilities at M positions of a prompt.
 
@@ -233,10 +262,16 @@ class Sampler:
         return token_ids
 
     def _draw(self, logits: torch.Tensor, slots: Int64Array) -> Int64Array:
-        shaping = Shaping(self._temperature[slots], self._top_k[slots], self._top_p[slots], self._min_p[slots])
-        return draw(logits, shaping, uniforms(self._seeds[slots], self._positions[slots], self._streams[slots]))
+        shaping = Shaping(
+            self._temperature[slots], self._top_k[slots], self._top_p[slots], self._min_p[slots]
+        )
+        return draw(
+            logits, shaping, uniforms(self._seeds[slots], self._positions[slots], self._streams[slots])
+        )
 
-    def _advance(self, slots: Int64Array, flags: Int64Array, tokens: list[int], errors: dict[int, str]) -> None:
+    def _advance(
+        self, slots: Int64Array, flags: Int64Array, tokens: list[int], errors: dict[int, str]
+    ) -> None:
         """Tell rules and processors of the tokens; rows in error are left alone, others may join them."""
         for row in np.flatnonzero(flags & _CHANGES).tolist():
             if row in errors:
@@ -250,7 +285,11 @@ class Sampler:
                     errors[row] = failure
 
     def _report(
-        self, raw: torch.Tensor, asked: Int64Array, slots: Int64Array, tokens: list[int],
+        self,
+        raw: torch.Tensor,
+        asked: Int64Array,
+        slots: Int64Array,
+        tokens: list[int],
         errors: Mapping[int, str],
     ) -> list[PositionLogprobs | None]:
         """Mappings for the rows that asked; ``raw`` [len(asked), V] belongs to them."""
@@ -266,10 +305,15 @@ class Sampler:
 def _diagnosis(row: torch.Tensor) -> str:
     """Why no token could be chosen from these logits [V]."""
     if bool(row.isnan().any()):
-        return ("the model's logits hold NaN, so no token can be chosen: the weights may be damaged, or "
-                "values overflow in this dtype (try bfloat16 or float32)")
+        return (
+            "the model's logits hold NaN, so no token can be chosen: the weights may be damaged, or "
+            "values overflow in this dtype (try bfloat16 or float32)"
+        )
     if float(row.max()) == -math.inf:
-        return ("every token is forbidden: allowed_token_ids, bad_words, min_tokens, logit_bias and "
-                "logits processors leave none to choose")
-    return ("the model's logits hold +inf, so no distribution exists: values overflow in this dtype "
-            "(try float32)")
+        return (
+            "every token is forbidden: allowed_token_ids, bad_words, min_tokens, logit_bias and "
+            "logits processors leave none to choose"
+        )
+    return (
+        "the model's logits hold +inf, so no distribution exists: values overflow in this dtype (try float32)"
+    )
