@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_checkpoint import write_checkpoint
+from engine_state import MakeEngine, assert_empty
 
 from kvpage import Engine
-
-MakeEngine = Callable[..., Engine]
+from tiny_checkpoint import write_checkpoint
 
 
 @pytest.fixture(scope="session")
@@ -55,10 +54,3 @@ def oracle(tiny: Path) -> Any:
     from transformers import LlamaForCausalLM
 
     return LlamaForCausalLM.from_pretrained(tiny).eval()
-
-
-def assert_empty(engine: Engine) -> None:
-    """Nothing runs, waits or holds a block, and every invariant of the scheduler holds."""
-    stats = engine.stats()
-    assert (stats.running, stats.waiting, stats.used_blocks) == (0, 0, 0), stats
-    engine._core.scheduler.check()

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import MakeEngine
+from engine_state import MakeEngine
 from safetensors.torch import load_file, save_file
-from tiny_checkpoint import write_checkpoint
 
 from kvpage import CheckpointError, Engine, RequestError, SamplingParams
+from tiny_checkpoint import write_checkpoint
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=4, ignore_eos=True)
 VOCABULARY = 380

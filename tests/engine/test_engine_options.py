@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import MakeEngine
-from tiny_checkpoint import write_checkpoint
+from engine_state import MakeEngine
 
 from kvpage import ConfigError, Engine, QueueFullError, RequestError, SamplingParams
+from tiny_checkpoint import write_checkpoint
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True)
 MESSAGES = [{"role": "user", "content": "blocks?"}]
@@ -79,7 +79,7 @@ def test_a_given_chat_template_replaces_the_models(make_engine: MakeEngine) -> N
 
 
 def test_a_chat_template_that_does_not_compile_is_refused(tiny: Path) -> None:
-    with pytest.raises(ConfigError, match="chat_template.*does not compile"):
+    with pytest.raises(ConfigError, match=r"chat_template.*does not compile"):
         Engine(tiny, chat_template="{% if %}")
 
 
@@ -109,7 +109,7 @@ def test_tools_take_the_template_made_for_them(make_engine: MakeEngine, tmp_path
 def test_equal_prefixes_are_served_from_the_cache(make_engine: MakeEngine) -> None:
     engine = make_engine(block_size=4)
     prompt = list(range(20, 51))
-    first, second = (engine.generate(prompt + [tail], GREEDY)[0] for tail in (60, 61))
+    first, second = (engine.generate([*prompt, tail], GREEDY)[0] for tail in (60, 61))
     assert (first.num_cached_tokens, second.num_cached_tokens) == (0, 28)
     stats = engine.stats()
     assert (stats.prefix_queries, stats.prefix_hits) == (64, 28)

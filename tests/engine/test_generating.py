@@ -9,7 +9,7 @@ import threading
 from pathlib import Path
 
 import pytest
-from conftest import MakeEngine
+from engine_state import MakeEngine
 
 from kvpage import Engine, EngineDeadError, RequestError, RequestOutput, SamplingParams
 

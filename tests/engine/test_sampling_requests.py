@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import MakeEngine
+from engine_state import MakeEngine
 
 from kvpage import Engine, RequestError, RequestOutput, SamplingParams
 

@@ -6,10 +6,10 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import MakeEngine
-from tiny_checkpoint import EOS, write_checkpoint
+from engine_state import MakeEngine
 
 from kvpage import CompletionOutput, Engine, SamplingParams, TokenEvent
+from tiny_checkpoint import EOS, write_checkpoint
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=40, ignore_eos=True)
 PROMPT = "The block pool"
