@@ -21,7 +21,8 @@ import time
 from collections.abc import Callable
 
 from kvpage import SamplingParams
-from kvpage.cache.manager import BlockManager, GroupConfig
+from kvpage.cache.manager import BlockManager
+from kvpage.cache.tables import GroupConfig
 from kvpage.runner.batch import BatchBuilder
 from kvpage.sched.admission import SchedulerConfig
 from kvpage.sched.plan import StepResult

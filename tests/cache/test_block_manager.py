@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from kvpage.api.kv import BlockCopy
-from kvpage.cache.manager import BlockManager, BlockTables, GroupConfig
+from kvpage.cache.manager import BlockManager
+from kvpage.cache.tables import BlockTables, GroupConfig
 from kvpage.errors import ConfigError
 from kvpage.sched.plan import StepPlan
 
@@ -16,8 +17,9 @@ def full(num_blocks: int = 20) -> BlockManager:
     return BlockManager(block_size=SIZE, groups=[GroupConfig("full", num_blocks)])
 
 
-def admitted(blocks: BlockManager, tokens: list[int], salt: str | None = None, slot: int = 0,
-             publish: bool = True) -> tuple[BlockTables, int]:
+def admitted(
+    blocks: BlockManager, tokens: list[int], salt: str | None = None, slot: int = 0, publish: bool = True
+) -> tuple[BlockTables, int]:
     """A sequence whose tokens are all computed, and how many of them were hits."""
     holder = blocks.open(salt)
     hit = blocks.match(holder, tokens)
@@ -118,7 +120,8 @@ def test_all_but_the_last_writer_of_a_shared_block_get_a_copy() -> None:
     assert len({holder.tables[0][1] for holder in [parent, *children]}) == 4
     assert len({holder.tables[0][0] for holder in [parent, *children]}) == 1
     assert list(zip(plan.table_slots, plan.table_indices, plan.table_blocks, strict=True)) == [
-        (slot, 1, holder.tables[0][1]) for slot, holder in enumerate([parent, *children[:2]])]
+        (slot, 1, holder.tables[0][1]) for slot, holder in enumerate([parent, *children[:2]])
+    ]
     blocks.check()
 
 
@@ -243,7 +246,12 @@ def test_a_snapshot_tells_of_every_block_how_many_hold_it_and_whether_it_is_cach
     blocks.fork(holder, 1, StepPlan(0))
     (group,) = blocks.snapshot()
     assert [(block.references, block.cached) for block in group.blocks] == [
-        (0, False), (2, True), (2, False), (0, False), (0, False)]
+        (0, False),
+        (2, True),
+        (2, False),
+        (0, False),
+        (0, False),
+    ]
 
 
 def test_check_notices_a_block_that_was_released_behind_a_table() -> None:
@@ -254,10 +262,17 @@ def test_check_notices_a_block_that_was_released_behind_a_table() -> None:
         blocks.check()
 
 
-@pytest.mark.parametrize(("size", "groups"), [
-    (0, [GroupConfig("full", 4)]), (4, []), (4, [GroupConfig("full", 1)]), (4, [GroupConfig("full", 4, 8)]),
-    (4, [GroupConfig("window", 4)]), (4, [GroupConfig("window", 4, 0)]),
-])
+@pytest.mark.parametrize(
+    ("size", "groups"),
+    [
+        (0, [GroupConfig("full", 4)]),
+        (4, []),
+        (4, [GroupConfig("full", 1)]),
+        (4, [GroupConfig("full", 4, 8)]),
+        (4, [GroupConfig("window", 4)]),
+        (4, [GroupConfig("window", 4, 0)]),
+    ],
+)
 def test_impossible_sizes_are_refused(size: int, groups: list[GroupConfig]) -> None:
     with pytest.raises(ConfigError):
         BlockManager(block_size=size, groups=groups)

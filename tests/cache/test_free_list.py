@@ -31,7 +31,10 @@ def test_the_null_block_is_never_in_the_list() -> None:
     assert 0 not in list(free)
 
 
-@given(st.integers(2, 12), st.lists(st.tuples(st.sampled_from(["pop", "remove", "append", "prepend"]), st.integers())))
+@given(
+    st.integers(2, 12),
+    st.lists(st.tuples(st.sampled_from(["pop", "remove", "append", "prepend"]), st.integers())),
+)
 def test_it_does_what_a_plain_list_would_do(num_blocks: int, operations: list[tuple[str, int]]) -> None:
     free, model = FreeList(num_blocks), list(range(1, num_blocks))
     for operation, pick in operations:

@@ -7,8 +7,14 @@ from kvpage.cache.prefix import PrefixHasher, full_hit, window_hit
 TOKENS = list(range(12))
 
 
-def digests(hasher: PrefixHasher, tokens: list[int], salt: str | None = None, adapter: str | None = None,
-            group: int = 0, kind: str = "full") -> list[bytes]:
+def digests(
+    hasher: PrefixHasher,
+    tokens: list[int],
+    salt: str | None = None,
+    adapter: str | None = None,
+    group: int = 0,
+    kind: str = "full",
+) -> list[bytes]:
     chain: list[bytes] = []
     hasher.extend(hasher.root(salt, adapter, group, kind), chain, tokens, len(tokens) // 4)
     return chain
@@ -27,10 +33,15 @@ def test_equal_tokens_have_equal_digests_and_a_change_shows_in_every_block_after
 def test_whatever_else_differs_gives_other_digests() -> None:
     hasher = PrefixHasher(b"key", 4)
     variants = [
-        digests(hasher, TOKENS), digests(hasher, TOKENS, salt="a"), digests(hasher, TOKENS, salt="b"),
-        digests(hasher, TOKENS, salt=""), digests(hasher, TOKENS, adapter="a"),
-        digests(hasher, TOKENS, salt="a", adapter="b"), digests(hasher, TOKENS, salt="ab"),
-        digests(hasher, TOKENS, group=1), digests(hasher, TOKENS, kind="window"),
+        digests(hasher, TOKENS),
+        digests(hasher, TOKENS, salt="a"),
+        digests(hasher, TOKENS, salt="b"),
+        digests(hasher, TOKENS, salt=""),
+        digests(hasher, TOKENS, adapter="a"),
+        digests(hasher, TOKENS, salt="a", adapter="b"),
+        digests(hasher, TOKENS, salt="ab"),
+        digests(hasher, TOKENS, group=1),
+        digests(hasher, TOKENS, kind="window"),
         digests(PrefixHasher(b"other", 4), TOKENS),
     ]
     for block in range(3):

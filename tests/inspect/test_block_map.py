@@ -6,7 +6,8 @@ import xml.etree.ElementTree as ElementTree
 
 import pytest
 
-from kvpage.cache.manager import BlockManager, GroupConfig
+from kvpage.cache.manager import BlockManager
+from kvpage.cache.tables import GroupConfig
 from kvpage.inspect.snapshot import BlockMap, take_snapshot
 from kvpage.params import SamplingParams
 from kvpage.sched.admission import SchedulerConfig

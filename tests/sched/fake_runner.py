@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from kvpage.cache.manager import GroupConfig
+from kvpage.cache.tables import GroupConfig
 from kvpage.outputs import Logprob, PositionLogprobs
 from kvpage.sched.plan import StepPlan, StepResult
 
@@ -77,17 +77,27 @@ class FakeRunner:
             assert admission.slot not in self.seats, f"slot {admission.slot} is taken"
             assert 0 <= admission.slot < self.max_slots
             self.seats[admission.slot] = Seat(
-                list(admission.token_ids), admission.prompt_length, admission.seed, admission.stream,
-                admission.params.prompt_logprobs is not None and admission.stream == 0
+                list(admission.token_ids),
+                admission.prompt_length,
+                admission.seed,
+                admission.stream,
+                admission.params.prompt_logprobs is not None
+                and admission.stream == 0
                 and len(admission.token_ids) == admission.prompt_length,
-                [{} for _ in self.groups])
+                [{} for _ in self.groups],
+            )
         for fork in plan.forks:
             assert fork.child not in self.seats, f"slot {fork.child} is taken"
             assert 0 <= fork.child < self.max_slots
             parent = self.seats[fork.parent]
             self.seats[fork.child] = Seat(
-                list(parent.token_ids), parent.prompt_length, parent.seed, fork.stream, False,
-                [{} for _ in self.groups])
+                list(parent.token_ids),
+                parent.prompt_length,
+                parent.seed,
+                fork.stream,
+                False,
+                [{} for _ in self.groups],
+            )
 
     def _edit_tables(self, plan: StepPlan) -> None:
         edits = zip(plan.table_slots, plan.table_groups, plan.table_indices, plan.table_blocks, strict=True)

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from fake_runner import Draw, FakeRunner
 
 from kvpage import SamplingParams
-from kvpage.cache.manager import BlockManager, GroupConfig
+from kvpage.cache.manager import BlockManager
+from kvpage.cache.tables import GroupConfig
 from kvpage.sched.admission import SchedulerConfig
 from kvpage.sched.plan import StepPlan
 from kvpage.sched.policy import Policy
@@ -22,30 +23,60 @@ Rows = list[tuple[int, int, int]]
 class Bench:
     """Submits, steps and remembers; ``check()`` after everything."""
 
-    def __init__(self, *, blocks: int = 64, block_size: int = 4, groups: Sequence[GroupConfig] | None = None,
-                 seqs: int = 8, tokens: int = 64, length: int = 128, policy: str | Policy = "fcfs",
-                 draw: Draw = lambda seed, position, stream, known: 1000 + position, caching: bool = True,
-                 queued_reqs: int | None = None, queued_tokens: int | None = None, threshold: int = 0) -> None:
+    def __init__(
+        self,
+        *,
+        blocks: int = 64,
+        block_size: int = 4,
+        groups: Sequence[GroupConfig] | None = None,
+        seqs: int = 8,
+        tokens: int = 64,
+        length: int = 128,
+        policy: str | Policy = "fcfs",
+        draw: Draw = lambda seed, position, stream, known: 1000 + position,
+        caching: bool = True,
+        queued_reqs: int | None = None,
+        queued_tokens: int | None = None,
+        threshold: int = 0,
+    ) -> None:
         groups = groups or [GroupConfig("full", blocks + 1)]
         self.now = 0.0
         self.blocks = BlockManager(block_size=block_size, groups=groups, enable_prefix_caching=caching)
         self.scheduler = Scheduler(
-            SchedulerConfig(seqs, tokens, length, policy, queued_reqs, queued_tokens, threshold), self.blocks,
-            clock=lambda: self.now)
+            SchedulerConfig(seqs, tokens, length, policy, queued_reqs, queued_tokens, threshold),
+            self.blocks,
+            clock=lambda: self.now,
+        )
         self.runner = FakeRunner(block_size, groups, draw, tokens, seqs)
         self.finished: list[Choice] = []
         self.submitted = 0
 
-    def submit(self, prompt: int | list[int], *, name: str | None = None, priority: int = 0, salt: str | None = None,
-               stops: Sequence[int] = (), eos: Sequence[int] = (), **params: object) -> Request:
+    def submit(
+        self,
+        prompt: int | list[int],
+        *,
+        name: str | None = None,
+        priority: int = 0,
+        salt: str | None = None,
+        stops: Sequence[int] = (),
+        eos: Sequence[int] = (),
+        **params: object,
+    ) -> Request:
         """``prompt``: token ids, or how many different ones, not shared with any other request."""
         self.submitted += 1
         if isinstance(prompt, int):
             prompt = [10_000 * self.submitted + position for position in range(prompt)]
         request = Request(
-            name or f"request-{self.submitted}", prompt, SamplingParams(**params),  # type: ignore[arg-type]
-            seed=self.submitted, arrival=self.now, priority=priority, cache_salt=salt,
-            stop_token_ids=frozenset((*stops, *eos)), eos_token_ids=frozenset(eos))
+            name or f"request-{self.submitted}",
+            prompt,
+            SamplingParams(**params),  # type: ignore[arg-type]
+            seed=self.submitted,
+            arrival=self.now,
+            priority=priority,
+            cache_salt=salt,
+            stop_token_ids=frozenset((*stops, *eos)),
+            eos_token_ids=frozenset(eos),
+        )
         self.scheduler.submit(request)
         self.scheduler.check()
         return request

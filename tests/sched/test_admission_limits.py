@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from sched_bench import Bench
 
-from kvpage.cache.manager import GroupConfig
+from kvpage.cache.tables import GroupConfig
 from kvpage.errors import ConfigError, QueueFullError, RequestError
 from kvpage.sched.admission import SchedulerConfig
 from kvpage.sched.sequence import Request
@@ -20,8 +20,11 @@ def test_an_empty_prompt_is_refused() -> None:
 def test_a_prompt_must_leave_room_for_one_token() -> None:
     bench = Bench(length=20)
     bench.submit(19, max_tokens=50)
-    with pytest.raises(RequestError, match=r"maximum context length is 20 tokens. However, your prompt contains 20 "
-                                           r"input tokens") as error:
+    with pytest.raises(
+        RequestError,
+        match=r"maximum context length is 20 tokens. However, your prompt contains 20 "
+        r"input tokens",
+    ) as error:
         bench.submit(20)
     assert error.value.param == "prompt"
     bench.drain()
@@ -43,7 +46,9 @@ def test_max_tokens_is_cut_to_the_context() -> None:
 
 
 def test_what_can_never_fit_is_refused_with_both_numbers_and_the_ways_out() -> None:
-    bench = Bench(blocks=5, block_size=4)  # 20 tokens of KV: sequences of 21, the last token is never computed
+    bench = Bench(
+        blocks=5, block_size=4
+    )  # 20 tokens of KV: sequences of 21, the last token is never computed
     with pytest.raises(RequestError) as error:
         bench.submit(10, max_tokens=12)
     message = str(error.value)
@@ -57,7 +62,11 @@ def test_what_can_never_fit_is_refused_with_both_numbers_and_the_ways_out() -> N
 
 def test_what_just_fits_alone_is_served() -> None:
     bench = Bench(blocks=5, block_size=4)
-    requests = [bench.submit(10, max_tokens=11), bench.submit(20, max_tokens=1), bench.submit(3, max_tokens=18)]
+    requests = [
+        bench.submit(10, max_tokens=11),
+        bench.submit(20, max_tokens=1),
+        bench.submit(3, max_tokens=18),
+    ]
     bench.drain()
     assert [r.sequences[0].num_output for r in requests] == [11, 1, 18]
 

@@ -15,11 +15,11 @@ def test_four_choices_use_the_prompts_blocks_once_and_copy_at_most_one_block_a_f
     request = bench.submit(100, n=4, max_tokens=8)
     bench.step()
     assert bench.blocks.used_blocks == 7
-    assert (bench.scheduler.forks, bench.scheduler.copies, bench.scheduler.num_running) == (3, 0, 4)
+    assert (bench.blocks.forks, bench.blocks.copies, bench.scheduler.num_running) == (3, 0, 4)
     bench.step()
     assert bench.blocks.used_blocks == 7 + 3  # the partly filled last block, once for each
     bench.drain()
-    assert bench.scheduler.copies == 3
+    assert bench.blocks.copies == 3
     for index, sequence in enumerate(request.sequences):
         assert sequence.output_token_ids == [1000 * (index + 1) + position for position in range(100, 108)]
 
@@ -28,7 +28,7 @@ def test_a_prompt_that_ends_with_a_block_needs_no_copy() -> None:
     bench = Bench(block_size=4, draw=by_stream)
     bench.submit(8, n=4, max_tokens=3)
     bench.drain()
-    assert (bench.scheduler.forks, bench.scheduler.copies) == (3, 0)
+    assert (bench.blocks.forks, bench.blocks.copies) == (3, 0)
 
 
 def test_the_first_tokens_of_all_choices_come_from_the_same_step() -> None:

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from kvpage import SamplingParams
-from kvpage.cache.manager import BlockManager, GroupConfig
+from kvpage.cache.manager import BlockManager
+from kvpage.cache.tables import GroupConfig
 from kvpage.errors import RequestError
 from kvpage.sched.admission import SchedulerConfig
 from kvpage.sched.plan import StepPlan
@@ -56,13 +57,22 @@ class RequestSpec:
 
 PROMPTS = st.builds(
     lambda pattern, length, tail: (pattern * 30)[:length] + tail,
-    st.sampled_from([[0], [0, 1], [2]]), st.integers(0, 24), st.lists(st.integers(0, VOCABULARY - 1), max_size=4),
+    st.sampled_from([[0], [0, 1], [2]]),
+    st.integers(0, 24),
+    st.lists(st.integers(0, VOCABULARY - 1), max_size=4),
 ).filter(bool)
 REQUESTS = st.builds(
-    RequestSpec, prompt=PROMPTS, n=st.sampled_from([1, 1, 2, 4]), max_tokens=st.sampled_from([None, 1, 3, 12, 12]),
-    min_tokens=st.sampled_from([0, 0, 4]), salt=st.sampled_from([None, None, "tenant"]), priority=st.integers(0, 2),
-    stops=st.sampled_from([frozenset(), frozenset([0])]), prompt_logprobs=st.sampled_from([None, None, None, 1]),
-    timeout=st.sampled_from([None, None, None, 5.0]))
+    RequestSpec,
+    prompt=PROMPTS,
+    n=st.sampled_from([1, 1, 2, 4]),
+    max_tokens=st.sampled_from([None, 1, 3, 12, 12]),
+    min_tokens=st.sampled_from([0, 0, 4]),
+    salt=st.sampled_from([None, None, "tenant"]),
+    priority=st.integers(0, 2),
+    stops=st.sampled_from([frozenset(), frozenset([0])]),
+    prompt_logprobs=st.sampled_from([None, None, None, 1]),
+    timeout=st.sampled_from([None, None, None, 5.0]),
+)
 OUTCOMES = st.sampled_from(["commit"] * 8 + ["error", "lost", "garbage", "abort", "finish", "expire"])
 
 
@@ -87,13 +97,27 @@ class SchedulerMachine(RuleBasedStateMachine):
         caching=st.sampled_from([True, True, True, False]),
         threshold=st.sampled_from([0, 0, 4]),
     )
-    def build(self, block_size: int, kind: str, blocks: int, max_num_seqs: int, max_num_batched_tokens: int,
-              policy: str, caching: bool, threshold: int) -> None:
+    def build(
+        self,
+        block_size: int,
+        kind: str,
+        blocks: int,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        policy: str,
+        caching: bool,
+        threshold: int,
+    ) -> None:
         groups = group_configs(kind, blocks, block_size)
         self.clock = Clock()
         self.blocks = BlockManager(block_size=block_size, groups=groups, enable_prefix_caching=caching)
-        config = SchedulerConfig(max_num_seqs, max_num_batched_tokens, MAX_MODEL_LEN, policy,
-                                 long_prefill_token_threshold=threshold)
+        config = SchedulerConfig(
+            max_num_seqs,
+            max_num_batched_tokens,
+            MAX_MODEL_LEN,
+            policy,
+            long_prefill_token_threshold=threshold,
+        )
         self.scheduler = Scheduler(config, self.blocks, clock=self.clock)
         self.runner = FakeRunner(block_size, groups, draw, max_num_batched_tokens, max_num_seqs)
         self.submitted: list[Request] = []
@@ -108,12 +132,21 @@ class SchedulerMachine(RuleBasedStateMachine):
         for spec in specs:
             number = len(self.submitted)
             request = Request(
-                f"request-{number}", spec.prompt,
-                SamplingParams(n=spec.n, max_tokens=spec.max_tokens,
-                               min_tokens=min(spec.min_tokens, spec.max_tokens or MAX_MODEL_LEN),
-                               prompt_logprobs=spec.prompt_logprobs, timeout=spec.timeout),
-                seed=number, arrival=self.clock.now, priority=spec.priority, cache_salt=spec.salt,
-                stop_token_ids=spec.stops)
+                f"request-{number}",
+                spec.prompt,
+                SamplingParams(
+                    n=spec.n,
+                    max_tokens=spec.max_tokens,
+                    min_tokens=min(spec.min_tokens, spec.max_tokens or MAX_MODEL_LEN),
+                    prompt_logprobs=spec.prompt_logprobs,
+                    timeout=spec.timeout,
+                ),
+                seed=number,
+                arrival=self.clock.now,
+                priority=spec.priority,
+                cache_salt=spec.salt,
+                stop_token_ids=spec.stops,
+            )
             try:
                 self.scheduler.submit(request)
             except RequestError as error:
@@ -167,7 +200,9 @@ class SchedulerMachine(RuleBasedStateMachine):
     def bring_to_end(self, plan: StepPlan, outcome: str, pick: Random) -> None:
         assert plan.num_tokens > 0, "a step that computes nothing"
         decoding = {s.slot for s in self.scheduler.running if len(s.token_ids) - s.computed == 1}
-        assert decoding <= set(plan.slots) | {fork.child for fork in plan.forks}, "a decoding sequence gets no token"
+        assert decoding <= set(plan.slots) | {fork.child for fork in plan.forks}, (
+            "a decoding sequence gets no token"
+        )
         self.scheduler.check()
         if outcome == "lost":
             self.scheduler.fail(plan)
@@ -225,7 +260,9 @@ class SchedulerMachine(RuleBasedStateMachine):
             assert request.request_id not in self.prompt_logprobs
             self.prompt_logprobs.add(request.request_id)
             assert [None if entry is None else next(iter(entry)) for entry in entries] == [
-                None, *request.prompt_token_ids[1:]]
+                None,
+                *request.prompt_token_ids[1:],
+            ]
 
     def end(self, sequence: Sequence) -> None:
         assert id(sequence) not in self.ended, "two terminal events"
@@ -238,7 +275,10 @@ class SchedulerMachine(RuleBasedStateMachine):
         reason: str | None = None
         while reason is None and len(known) < len(sequence.token_ids):
             known.append(draw(request.seed, len(known), sequence.index, known))
-            if known[-1] in request.stop_token_ids and len(known) - sequence.prompt_length >= request.params.min_tokens:
+            if (
+                known[-1] in request.stop_token_ids
+                and len(known) - sequence.prompt_length >= request.params.min_tokens
+            ):
                 reason = "stop"
             elif len(known) == sequence.max_length:
                 reason = "length"
@@ -252,6 +292,10 @@ class SchedulerMachine(RuleBasedStateMachine):
 
 
 SchedulerMachine.TestCase.settings = settings(
-    max_examples=150, stateful_step_count=20, deadline=None, database=None,
-    suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.data_too_large])
+    max_examples=150,
+    stateful_step_count=20,
+    deadline=None,
+    database=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.data_too_large],
+)
 TestSchedulerUnderRandomLoad = SchedulerMachine.TestCase

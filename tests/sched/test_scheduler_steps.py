@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from sched_bench import Bench, rows
 
-from kvpage.cache.manager import GroupConfig
+from kvpage.cache.tables import GroupConfig
 from kvpage.sched.plan import StepResult
 from kvpage.sched.sequence import Request
 

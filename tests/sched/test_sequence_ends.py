@@ -12,7 +12,9 @@ def test_a_stop_token_ends_with_its_id_and_eos_without_one() -> None:
     eos = bench.submit(4, eos=[1005], max_tokens=9)
     bench.drain()
     assert [(s.finish_reason, s.stop_reason, s.num_output) for r in (plain, eos) for s in r.sequences] == [
-        ("stop", 1006, 3), ("stop", None, 2)]
+        ("stop", 1006, 3),
+        ("stop", None, 2),
+    ]
 
 
 def test_a_stop_token_wins_over_the_length_that_it_reaches() -> None:
@@ -68,7 +70,9 @@ def test_an_error_of_one_row_ends_that_sequence_alone() -> None:
     bench.scheduler.check()
     assert commit.finished == bad.sequences
     assert (bad.sequences[0].finish_reason, bad.sequences[0].error) == (
-        "error", "a logits processor raised ValueError")
+        "error",
+        "a logits processor raised ValueError",
+    )
     assert (commit.sequences, commit.token_ids, commit.logprobs) == (good.sequences, [1004], [{1: None}])
     bench.drain()
     assert good.sequences[0].finish_reason == "length"
@@ -119,4 +123,8 @@ def test_a_slot_is_named_as_released_before_it_is_given_out_again() -> None:
     for _ in range(3):
         bench.submit(4, max_tokens=1)
     plans = [bench.step() for _ in range(3)]
-    assert [(list(p.released), [a.slot for a in p.admissions]) for p in plans] == [([], [0]), ([0], [0]), ([0], [0])]
+    assert [(list(p.released), [a.slot for a in p.admissions]) for p in plans] == [
+        ([], [0]),
+        ([0], [0]),
+        ([0], [0]),
+    ]

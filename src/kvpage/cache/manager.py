@@ -3,96 +3,21 @@
 from __future__ import annotations
 
 import os
-from array import array
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
-from typing import Literal, Protocol
 
 from kvpage.api.kv import BlockCopy
 from kvpage.cache.pool import BlockPool
 from kvpage.cache.prefix import PrefixHasher, full_hit, window_hit
-from kvpage.errors import ConfigError
-
-
-@dataclass(frozen=True, slots=True)
-class GroupConfig:
-    """One KV group's pool.
-
-    Attributes:
-        kind: "full" keeps every token; "window" gives back the blocks that fell behind the window.
-        num_blocks: dimension 0 of the group's KV tensors. It counts block 0, the null block, which no table
-            is ever given: ``num_blocks - 1`` are usable.
-        window: tokens a query sees, itself included (kind "window").
-    """
-
-    kind: Literal["full", "window"]
-    num_blocks: int
-    window: int | None = None
-
-
-class TableEdits(Protocol):
-    """Where changes of block tables are written: the matching fields of a ``StepPlan``."""
-
-    table_slots: array[int]
-    table_groups: array[int]
-    table_indices: array[int]
-    table_blocks: array[int]
-    copies: list[BlockCopy]
-
-
-@dataclass(slots=True, eq=False)
-class BlockTables:
-    """What one sequence holds.
-
-    Attributes:
-        tables: a group -> block numbers by position // block_size. 0 = behind the window. All have one length.
-        roots: a group -> parent digest of the first block.
-        digests: a group -> digests of the first full blocks, computed when first needed and kept.
-        first: a group -> index of the first entry that is not behind the window.
-        published: how many blocks were offered to the index.
-    """
-
-    tables: list[list[int]]
-    roots: list[bytes]
-    digests: list[list[bytes]]
-    first: list[int]
-    published: int = 0
-
-    @property
-    def num_blocks(self) -> int:
-        """Entries of each table."""
-        return len(self.tables[0])
-
-
-@dataclass(frozen=True, slots=True)
-class BlockState:
-    """One block, for inspection."""
-
-    references: int
-    cached: bool
-
-
-@dataclass(frozen=True, slots=True)
-class GroupState:
-    """One group's pool, for inspection: ``blocks[i]`` is block i, the null block included."""
-
-    kind: str
-    window: int | None
-    blocks: list[BlockState] = field(repr=False)
-
-
-class _Group:
-    """A pool and what its kind asks of it."""
-
-    __slots__ = ("index", "kind", "pool", "reach", "window")
-
-    def __init__(self, index: int, config: GroupConfig) -> None:
-        self.index = index
-        self.kind = config.kind
-        self.window = config.window
-        self.pool = BlockPool(config.num_blocks)
-        self.reach = -1 if config.window is None else config.window - 1  # tokens before a query that it sees
+from kvpage.cache.tables import (
+    BlockState,
+    BlockTables,
+    Group,
+    GroupConfig,
+    GroupState,
+    TableEdits,
+    check_config,
+)
 
 
 class BlockManager:
@@ -117,14 +42,20 @@ class BlockManager:
         ConfigError: a size is out of range.
     """
 
-    def __init__(self, *, block_size: int, groups: Sequence[GroupConfig], enable_prefix_caching: bool = True,
-                 hash_key: bytes | None = None) -> None:
+    def __init__(
+        self,
+        *,
+        block_size: int,
+        groups: Sequence[GroupConfig],
+        enable_prefix_caching: bool = True,
+        hash_key: bytes | None = None,
+    ) -> None:
         key = os.urandom(32) if hash_key is None else hash_key
-        _check_config(block_size, groups, key)
+        check_config(block_size, groups, key)
         self.block_size = block_size
         self.enable_prefix_caching = enable_prefix_caching
         self.queries = self.hits = self.copies = self.forks = 0
-        self._groups = [_Group(index, config) for index, config in enumerate(groups)]
+        self._groups = [Group(index, config) for index, config in enumerate(groups)]
         self._hasher = PrefixHasher(key, block_size)
         self._holders: dict[int, BlockTables] = {}  # by id(): tables that hold blocks
         self._copy_sources: list[tuple[int, int]] = []  # references passed on to the plan being built
@@ -168,7 +99,9 @@ class BlockManager:
     @property
     def capacity(self) -> int | None:
         """Tokens of KV that one sequence alone can ever have; ``None`` = no limit (only window groups)."""
-        limits = [group.pool.usable * self.block_size for group in self._groups if self._chunk_limit(group) < 1]
+        limits = [
+            group.pool.usable * self.block_size for group in self._groups if self._chunk_limit(group) < 1
+        ]
         return min(limits, default=None)
 
     @property
@@ -177,7 +110,7 @@ class BlockManager:
         limits = [self._chunk_limit(group) for group in self._groups if self._chunk_limit(group) >= 1]
         return min(limits, default=None)
 
-    def _chunk_limit(self, group: _Group) -> int:
+    def _chunk_limit(self, group: Group) -> int:
         # window - 1 + chunk tokens at any alignment touch at most (that - 2) // block_size + 2 blocks.
         if group.window is None:
             return 0
@@ -210,14 +143,23 @@ class BlockManager:
             settled = True
             for group in self._groups:
                 if group.window is not None:
-                    found = window_hit(group.pool.index, holder.digests[group.index], hit, group.reach,
-                                       self.block_size)
+                    found = window_hit(
+                        group.pool.index, holder.digests[group.index], hit, group.reach, self.block_size
+                    )
                     settled = settled and found == hit
                     hit = found
         return hit * self.block_size
 
-    def admit(self, holder: BlockTables, slot: int, known: int, hit: int, count: int, edits: TableEdits,
-              spare: int = 0) -> bool:
+    def admit(
+        self,
+        holder: BlockTables,
+        slot: int,
+        known: int,
+        hit: int,
+        count: int,
+        edits: TableEdits,
+        spare: int = 0,
+    ) -> bool:
         """Take the cached prefix of ``hit`` tokens (from ``match``) and room for the next ``count`` tokens.
 
         ``False``, with nothing taken, if the pools have too little; full groups, too little for all ``known``
@@ -292,8 +234,13 @@ class BlockManager:
 
     def fork(self, holder: BlockTables, slot: int, edits: TableEdits) -> BlockTables:
         """New tables, for ``slot``, that hold the same blocks."""
-        child = BlockTables([list(table) for table in holder.tables], list(holder.roots),
-                            [list(digests) for digests in holder.digests], list(holder.first), holder.published)
+        child = BlockTables(
+            [list(table) for table in holder.tables],
+            list(holder.roots),
+            [list(digests) for digests in holder.digests],
+            list(holder.first),
+            holder.published,
+        )
         for group in self._groups:
             table, share = child.tables[group.index], group.pool.share
             for block in table:
@@ -304,8 +251,13 @@ class BlockManager:
         self.forks += 1
         return child
 
-    def publish(self, holder: BlockTables, token_ids: Sequence[int], length: int,
-                journal: list[tuple[int, int]] | None = None) -> None:
+    def publish(
+        self,
+        holder: BlockTables,
+        token_ids: Sequence[int],
+        length: int,
+        journal: list[tuple[int, int]] | None = None,
+    ) -> None:
         """The blocks that the first ``length`` tokens fill may be hit. New (group, block) go to ``journal``."""
         full = length // self.block_size
         if full <= holder.published or not self.enable_prefix_caching:
@@ -368,10 +320,17 @@ class BlockManager:
 
     def snapshot(self) -> list[GroupState]:
         """The state of every block, as plain data."""
-        return [GroupState(group.kind, group.window, [
-            BlockState(count, digest is not None)
-            for count, digest in zip(group.pool.references, group.pool.digests, strict=True)
-        ]) for group in self._groups]
+        return [
+            GroupState(
+                group.kind,
+                group.window,
+                [
+                    BlockState(count, digest is not None)
+                    for count, digest in zip(group.pool.references, group.pool.digests, strict=True)
+                ],
+            )
+            for group in self._groups
+        ]
 
     def check(self) -> None:
         """Verify every invariant of pools, index and tables (AssertionError says which one broke)."""
@@ -390,7 +349,7 @@ class BlockManager:
                 held.update(live)
             group.pool.check(held)
 
-    def _is_shared(self, group: _Group, holder: BlockTables, start: int) -> bool:
+    def _is_shared(self, group: Group, holder: BlockTables, start: int) -> bool:
         """Whether writing at ``start`` would change a block that other tables hold."""
         number, inside = divmod(start, self.block_size)
         if not inside:
@@ -399,15 +358,17 @@ class BlockManager:
         count = group.pool.references[block]
         return count > 1 and count - self._copy_sources.count((group.index, block)) > 1
 
-    def _behind(self, group: _Group, start: int) -> int:
+    def _behind(self, group: Group, start: int) -> int:
         return 0 if group.window is None else max(0, start - group.reach) // self.block_size
 
-    def _freed_behind(self, group: _Group, holder: BlockTables, start: int) -> int:
+    def _freed_behind(self, group: Group, holder: BlockTables, start: int) -> int:
         references = group.pool.references
         dropped = holder.tables[group.index][holder.first[group.index] : self._behind(group, start)]
         return sum(references[block] == 1 for block in dropped)
 
-    def _free_behind(self, group: _Group, holder: BlockTables, slot: int, start: int, edits: TableEdits) -> None:
+    def _free_behind(
+        self, group: Group, holder: BlockTables, slot: int, start: int, edits: TableEdits
+    ) -> None:
         first, behind = holder.first[group.index], self._behind(group, start)
         if behind <= first:
             return
@@ -425,18 +386,3 @@ def _write(edits: TableEdits, slot: int, group: int, index: int, blocks: Sequenc
     edits.table_groups.extend((group,) * count)
     edits.table_indices.extend(range(index, index + count))
     edits.table_blocks.extend(blocks)
-
-
-def _check_config(block_size: int, groups: Sequence[GroupConfig], key: bytes) -> None:
-    if not 1 <= len(key) <= 64:
-        raise ConfigError(f"hash_key must have 1 to 64 bytes, got {len(key)}: leave it out for a random one")
-    if block_size < 1:
-        raise ConfigError(f"block_size must be at least 1, got {block_size}")
-    if not groups:
-        raise ConfigError("a model needs at least one KV group, got none")
-    for group in groups:
-        if group.num_blocks < 2:
-            raise ConfigError(f"num_blocks must be at least 2 (one is the null block), got {group.num_blocks}: "
-                              "raise num_kv_blocks or kv_cache_memory")
-        if (group.kind == "window") != (group.window is not None) or (group.window is not None and group.window < 1):
-            raise ConfigError(f"a {group.kind!r} group cannot have window={group.window}")

@@ -105,9 +105,11 @@ class BlockPool:
         for block in range(1, self.usable + 1):
             count = self.references[block]
             assert count == held.get(block, 0), (
-                f"block {block} counts {count} references, {held.get(block, 0)} tables hold it")
+                f"block {block} counts {count} references, {held.get(block, 0)} tables hold it"
+            )
             assert (count == 0) == (block in self.free), (
-                f"block {block} has {count} references and is {'' if block in self.free else 'not '}free")
+                f"block {block} has {count} references and is {'' if block in self.free else 'not '}free"
+            )
             digest = self.digests[block]
             assert digest is None or self.index.get(digest) == block, f"block {block} is not under its digest"
         known = sum(digest is not None for digest in self.digests)

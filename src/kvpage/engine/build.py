@@ -17,7 +17,8 @@ from kvpage.api.events import EventListener
 from kvpage.api.model import AttentionSpec, DecoderEnv, DecoderSpec, ModelDefinition
 from kvpage.api.quant import CheckpointView
 from kvpage.api.records import Record
-from kvpage.cache.manager import BlockManager, GroupConfig
+from kvpage.cache.manager import BlockManager
+from kvpage.cache.tables import GroupConfig
 from kvpage.config import (
     EngineOptions,
     GroupFacts,

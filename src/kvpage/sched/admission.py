@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from kvpage.cache.manager import BlockManager
@@ -39,8 +40,12 @@ class SchedulerConfig:
     long_prefill_token_threshold: int = 0
 
     def __post_init__(self) -> None:
-        for name, least in (("max_num_seqs", 1), ("max_num_batched_tokens", 1), ("max_model_len", 2),
-                            ("long_prefill_token_threshold", 0)):
+        for name, least in (
+            ("max_num_seqs", 1),
+            ("max_num_batched_tokens", 1),
+            ("max_model_len", 2),
+            ("long_prefill_token_threshold", 0),
+        ):
             if getattr(self, name) < least:
                 raise ConfigError(f"{name} must be at least {least}, got {getattr(self, name)}")
         for name in ("max_num_queued_reqs", "max_num_queued_tokens"):
@@ -84,23 +89,32 @@ def _check_prompt(request: Request, config: SchedulerConfig) -> None:
         raise RequestError(
             f"This model's maximum context length is {config.max_model_len} tokens. However, your prompt contains "
             f"{len(tokens)} input tokens, and at least 1 output token needs room. Shorten the prompt to at most "
-            f"{config.max_model_len - 1} tokens.", param="prompt")
+            f"{config.max_model_len - 1} tokens.",
+            param="prompt",
+        )
     low, high = min(tokens), max(tokens)
     if low < 0 or high > MAX_TOKEN_ID:
-        raise RequestError(f"token id {low if low < 0 else high} is out of vocabulary: ids start at 0 and are at "
-                           f"most {MAX_TOKEN_ID}", param="prompt")
+        raise RequestError(
+            f"token id {low if low < 0 else high} is out of vocabulary: ids start at 0 and are at "
+            f"most {MAX_TOKEN_ID}",
+            param="prompt",
+        )
 
 
 def _never_fits(prompt: int, length: int, capacity: int, block_size: int) -> RequestError:
     needed, usable = -(-(length - 1) // block_size), capacity // block_size
     room = capacity + 1 - prompt
-    way_out = (f"Lower max_tokens to at most {room}" if room > 0 else
-               f"Shorten the prompt to at most {capacity} tokens")
+    way_out = (
+        f"Lower max_tokens to at most {room}"
+        if room > 0
+        else f"Shorten the prompt to at most {capacity} tokens"
+    )
     return RequestError(
         f"This request can never fit in the KV cache: {prompt} prompt tokens and up to {length - prompt} new ones "
         f"need {needed} blocks of {block_size} tokens ({length - 1} tokens of KV), and the whole pool has {usable} "
         f"blocks ({capacity} tokens). {way_out}, or raise num_kv_blocks or kv_cache_memory.",
-        param="max_tokens" if room > 0 else "prompt")
+        param="max_tokens" if room > 0 else "prompt",
+    )
 
 
 class QueueLimits:
@@ -121,12 +135,16 @@ class QueueLimits:
             QueueFullError: a limit is reached.
         """
         if self._max_requests is not None and self.requests - free_slots >= self._max_requests:
-            raise QueueFullError(f"{self.requests} requests are waiting and max_num_queued_reqs is "
-                                 f"{self._max_requests}: try again later or raise it")
+            raise QueueFullError(
+                f"{self.requests} requests are waiting and max_num_queued_reqs is "
+                f"{self._max_requests}: try again later or raise it"
+            )
         tokens = len(request.prompt_token_ids)
         if self._max_tokens is not None and self.requests and self.tokens + tokens > self._max_tokens:
-            raise QueueFullError(f"{self.tokens} prompt tokens are waiting, this prompt has {tokens}, and "
-                                 f"max_num_queued_tokens is {self._max_tokens}: try again later or raise it")
+            raise QueueFullError(
+                f"{self.tokens} prompt tokens are waiting, this prompt has {tokens}, and "
+                f"max_num_queued_tokens is {self._max_tokens}: try again later or raise it"
+            )
         self.requests += 1
         self.tokens += tokens
 
@@ -134,3 +152,9 @@ class QueueLimits:
         """``request`` was scheduled for the first time, or ended before."""
         self.requests -= 1
         self.tokens -= len(request.prompt_token_ids)
+
+    def check(self, requests: Sequence[Request]) -> None:
+        """Verify the counts against all unfinished requests (AssertionError)."""
+        queued = [request for request in requests if request.first_scheduled is None]
+        assert self.requests == len(queued), "queued requests are miscounted"
+        assert self.tokens == sum(len(r.prompt_token_ids) for r in queued), "queued tokens are miscounted"

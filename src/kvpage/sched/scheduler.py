@@ -11,6 +11,7 @@ from kvpage.errors import RequestError
 from kvpage.outputs import FinishReason
 from kvpage.sched.admission import QueueLimits, SchedulerConfig, longest_length
 from kvpage.sched.deadlines import Deadlines
+from kvpage.sched.invariants import check_sequences
 from kvpage.sched.plan import Admission, Fork, StepPlan, StepResult
 from kvpage.sched.policy import resolve_policy
 from kvpage.sched.queues import Queues
@@ -35,8 +36,9 @@ class Scheduler:
         preemptions: sequences that lost their blocks to one before them.
     """
 
-    def __init__(self, config: SchedulerConfig, blocks: BlockManager, *,
-                 clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, config: SchedulerConfig, blocks: BlockManager, *, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self.config = config
         self.blocks = blocks
         self.preemptions = 0
@@ -49,8 +51,10 @@ class Scheduler:
         self._step: Step | None = None  # scheduled and not yet committed
         self._steps = 0
         self._submitted = 0
-        self._chunk = min(config.long_prefill_token_threshold or config.max_num_batched_tokens,
-                          blocks.max_chunk or config.max_num_batched_tokens)
+        self._chunk = min(
+            config.long_prefill_token_threshold or config.max_num_batched_tokens,
+            blocks.max_chunk or config.max_num_batched_tokens,
+        )
 
     # ---- counts -----------------------------------------------------------------------------------------
 
@@ -68,16 +72,6 @@ class Scheduler:
     def num_waiting(self) -> int:
         """Sequences that wait for a slot, preempted ones included."""
         return len(self._queues.waiting)
-
-    @property
-    def forks(self) -> int:
-        """Sequences split off another one (n > 1)."""
-        return self.blocks.forks
-
-    @property
-    def copies(self) -> int:
-        """Blocks copied before a write (copy-on-write)."""
-        return self.blocks.copies
 
     @property
     def running(self) -> SequenceOf[Sequence]:
@@ -104,14 +98,25 @@ class Scheduler:
             QueueFullError: too much is waiting.
         """
         if request.request_id in self._requests:
-            raise RequestError(f"request_id {request.request_id!r} is in use by a request that has not ended: "
-                               "choose another one", param="request_id")
+            raise RequestError(
+                f"request_id {request.request_id!r} is in use by a request that has not ended: "
+                "choose another one",
+                param="request_id",
+            )
         max_length = longest_length(request, self.config, self.blocks)
         key = self._policy.key(request)
         prompt = list(request.prompt_token_ids)
         sequences = [
-            Sequence(request, index, prompt[:], len(prompt), max_length, request.stop_token_ids,
-                     (key, self._submitted, index), self.blocks.open(request.cache_salt, request.adapter))
+            Sequence(
+                request,
+                index,
+                prompt[:],
+                len(prompt),
+                max_length,
+                request.stop_token_ids,
+                (key, self._submitted, index),
+                self.blocks.open(request.cache_salt, request.adapter),
+            )
             for index in range(request.params.n)
         ]
         self._limits.enter(request, len(self._queues.free_slots))
@@ -207,7 +212,11 @@ class Scheduler:
                 return
             known = len(sequence.token_ids)
             # Who needs the logits of every prompt position has to compute every position.
-            hit = 0 if sequence.prompt_logprobs is not None else self.blocks.match(sequence.blocks, sequence.token_ids)
+            hit = (
+                0
+                if sequence.prompt_logprobs is not None
+                else self.blocks.match(sequence.blocks, sequence.token_ids)
+            )
             count = min(known - hit, budget, self._chunk)
             slot = free_slots[-1]
             if not self.blocks.admit(sequence.blocks, slot, known, hit, count, step.plan, spare):
@@ -219,9 +228,17 @@ class Scheduler:
             sequence.reserved = [free_slots.pop() for _ in range(born_with)]
             self._note_admission(sequence, hit)
             request = sequence.request
-            step.plan.admissions.append(Admission(
-                slot, sequence.token_ids[:], sequence.prompt_length, request.params, request.seed, sequence.index,
-                request.bad_word_ids))
+            step.plan.admissions.append(
+                Admission(
+                    slot,
+                    sequence.token_ids[:],
+                    sequence.prompt_length,
+                    request.params,
+                    request.seed,
+                    sequence.index,
+                    request.bad_word_ids,
+                )
+            )
             self._add_row(step, sequence, count)
             spare += self._lacking(sequence)
 
@@ -418,25 +435,17 @@ class Scheduler:
 
     def snapshot(self) -> SchedulerSnapshot:
         """Every block and every sequence as they are now."""
-        return SchedulerSnapshot(self.blocks.block_size, self.blocks.snapshot(),
-                                 sequence_states(self._queues.running), sequence_states(self._queues.waiting))
+        return SchedulerSnapshot(
+            self.blocks.block_size,
+            self.blocks.snapshot(),
+            sequence_states(self._queues.running),
+            sequence_states(self._queues.waiting),
+        )
 
     def check(self) -> None:
         """Verify every invariant of queues, slots, counters and blocks (AssertionError says which one broke)."""
         self._queues.check()
         self.blocks.check()
-        running, waiting = self._queues.running, self._queues.waiting
-        in_flight = {id(s) for s in running if s.in_flight}
-        assert in_flight == ({id(s) for s in self._step.sequences} if self._step else set()), "tokens in flight"
-        unborn = [child for s in (*running, *waiting) for child in s.children if child.finish_reason is None]
-        live = [id(s) for s in (*running, *waiting, *unborn) if s.finish_reason is None]
-        expected = [id(s) for r in self._requests.values() for s in r.sequences if s.finish_reason is None]
-        assert sorted(live) == sorted(expected), "an unfinished sequence is lost, or is in two places"
-        holding = sum(s.blocks.num_blocks > 0 for s in running)
-        assert holding == self.blocks.num_holders, f"{self.blocks.num_holders} tables are held, {holding} run"
-        for request in self._requests.values():
-            unfinished = sum(s.finish_reason is None for s in request.sequences)
-            assert request.unfinished == unfinished > 0, f"{request} miscounts its sequences"
-        queued = [r for r in self._requests.values() if r.first_scheduled is None]
-        assert self._limits.requests == len(queued), "queued requests are miscounted"
-        assert self._limits.tokens == sum(len(r.prompt_token_ids) for r in queued), "queued tokens are miscounted"
+        in_flight = self._step.sequences if self._step else []
+        check_sequences(self._queues, self.requests, in_flight, self.blocks.num_holders)
+        self._limits.check(self.requests)

@@ -6,7 +6,7 @@ from collections import abc
 from dataclasses import dataclass, field
 from typing import Any
 
-from kvpage.cache.manager import BlockTables
+from kvpage.cache.tables import BlockTables
 from kvpage.outputs import FinishReason, PositionLogprobs
 from kvpage.params import SamplingParams
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 
-from kvpage.cache.manager import GroupState
+from kvpage.cache.tables import GroupState
 from kvpage.sched.sequence import Sequence
 
 
@@ -41,7 +41,13 @@ class SchedulerSnapshot:
 def sequence_states(sequences: SequenceOf[Sequence]) -> list[SequenceState]:
     """Copies that do not change any more."""
     return [
-        SequenceState(s.request.request_id, s.index, s.slot, len(s.token_ids), s.computed,
-                      [list(table) for table in s.blocks.tables])
+        SequenceState(
+            s.request.request_id,
+            s.index,
+            s.slot,
+            len(s.token_ids),
+            s.computed,
+            [list(table) for table in s.blocks.tables],
+        )
         for s in sequences
     ]
