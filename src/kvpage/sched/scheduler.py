@@ -56,8 +56,6 @@ class Scheduler:
             blocks.max_chunk or config.max_num_batched_tokens,
         )
 
-    # ---- counts -----------------------------------------------------------------------------------------
-
     @property
     def has_work(self) -> bool:
         """Whether ``schedule`` would return a plan, or a step is to be committed."""
