@@ -120,3 +120,14 @@ def test_a_loaded_transformers_model_runs_with_its_weights_shared(
         outputs = engine.generate(as_ids(prompts), GREEDY)
     assert [o.outputs[0].token_ids for o in outputs] == greedy_oracle(model, prompts, TOKENS)
     assert {name: tensor.data_ptr() for name, tensor in model.state_dict().items()} == before
+
+
+def test_a_model_made_from_a_config_alone_runs_in_its_own_dtype() -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=64, **shape)).bfloat16()
+    assert model.config.architectures is None
+    with Engine(model, max_model_len=64) as engine:
+        assert engine.config.dtype == "bfloat16"
+        assert len(engine.generate([3, 4, 5], GREEDY.clone(max_tokens=4))[0].outputs[0].token_ids) == 4

@@ -146,7 +146,7 @@ def find_model(options: EngineOptions) -> Source:
     if not isinstance(model, (str, os.PathLike)):
         if not hasattr(model, "state_dict") or not hasattr(model, "config"):
             raise ConfigError(f"model must be a folder, a hub id, 'demo' or a transformers model, got {model!r:.80}")
-        return Source(None, model, HFConfig.from_object(model.config))
+        return Source(None, model, living_config(model))
     if model == BUNDLED_MODEL:
         from kvpage import demo  # package data, needed by those who ask for it
 
@@ -156,6 +156,14 @@ def find_model(options: EngineOptions) -> Source:
             str(model), revision=options.revision, download_dir=options.download_dir, token=options.hf_token
         )
     return Source(folder, None, HFConfig.from_folder(folder))
+
+
+def living_config(model: Any) -> HFConfig:
+    """The config of a transformers model in memory; a model made from a config alone states neither its own
+    class nor the dtype of its weights."""
+    dtype = next(iter(model.state_dict().values())).dtype
+    stated = {**model.config.to_dict(), "architectures": [type(model).__name__], "dtype": str(dtype)}
+    return HFConfig(stated, source=type(model).__name__)
 
 
 def define(options: EngineOptions, source: Source, registry: PluginRegistry) -> tuple[ModelDefinition, int]:
