@@ -236,6 +236,10 @@ class CoreThread:
     def _run(self) -> None:
         try:
             self._serve()
+        except BaseException as error:
+            # Nobody waits for this thread, but many for their requests.
+            self.core.die(error)
+            raise
         finally:
             with self._condition:
                 self._stopping = True

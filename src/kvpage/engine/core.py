@@ -102,7 +102,7 @@ class EngineCore:
                 self.scheduler.fail(plan)
                 raise
             # Nothing of a failed step can be trusted, whatever went wrong in it.
-            self._die(plan, error)
+            self.die(error, plan)
             if isinstance(error, Exception):
                 raise self._dead_error() from error
             raise
@@ -252,8 +252,9 @@ class EngineCore:
             for sequence in self.scheduler.abort(state.request):
                 self._finish(sequence, changed)
 
-    def _die(self, plan: StepPlan | None, error: BaseException) -> None:
-        """Every request ends with the error, even where the scheduler is what broke."""
+    def die(self, error: BaseException, plan: StepPlan | None = None) -> None:
+        """Every request ends with EngineDeadError, even where the scheduler is what broke. ``plan``: of a step
+        that is not committed."""
         self.dead = error
         if plan is not None:
             with suppress(Exception):
