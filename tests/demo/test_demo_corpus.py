@@ -19,7 +19,7 @@ SAMPLE = 20_000
 @pytest.fixture(scope="module")
 def training_lines() -> list[str]:
     """Every turn, and every line of plain text, of a large sample of training documents."""
-    texts = ("".join(segment.text for segment in drawn) for drawn in islice(documents(20), SAMPLE))
+    texts = ("".join(segment.text for segment in drawn) for drawn in islice(documents(20, 0.05), SAMPLE))
     return [line for text in texts for line in re.split(r"<\|\w+\|>|\n|Question: |Answer: ", text) if line]
 
 
@@ -39,14 +39,16 @@ def test_held_back_questions_never_occur_in_the_training_text(training_lines: li
 def test_held_back_operands_never_meet_in_the_training_text(training_lines: list[str]) -> None:
     shown: dict[str, set[tuple[int, int]]] = {"+": set(), "-": set()}
     for line in training_lines:
-        for a, operator, b in re.findall(r"\b(\d{1,2}) ([+-]) (\d{1,2}) =", line):
+        # Every answer repeats its problem. Sums of three numbers are refused, not solved, and left out here.
+        for a, operator, b in re.findall(r"(?<![+-] )\b(\d{2}) ([+-]) (\d{2})\b(?! [+-])", line):
             shown[operator].add((min(int(a), int(b)), max(int(a), int(b))))
+    all_pairs = 90 * 91 // 2
     for operator, pairs in shown.items():
         held_pairs = arithmetic.held_back_pairs(operator)
-        assert len(held_pairs) > 400
+        assert len(held_pairs) > 0.09 * all_pairs
         assert pairs.isdisjoint(held_pairs)
         # The sample is large enough to mean something: most of what may be shown was shown.
-        assert len(pairs) > 0.8 * (5050 - len(held_pairs))
+        assert len(pairs) > 0.8 * (all_pairs - len(held_pairs))
 
 
 def test_every_fact_keeps_templates_for_training_and_two_held_back() -> None:
@@ -82,17 +84,19 @@ def test_the_evaluation_set_is_half_arithmetic_and_has_no_question_twice() -> No
 
 
 @pytest.mark.parametrize(("a", "operator", "b", "answer"), [
-    (47, "+", 38, "47 + 38 = 85."), (3, "-", 8, "3 - 8 = -5."), (12, "*", 12, "12 * 12 = 144."),
+    (47, "+", 38, "47 + 38 = 77 + 8 = 85."), (47, "+", 30, "47 + 30 = 77."), (85, "-", 38, "85 - 38 = 55 - 8 = 47."),
+    (38, "-", 85, "38 - 85 = -(85 - 38) = -(55 - 8) = -47."), (12, "*", 12, "12 * 12 = 144."),
 ])  # fmt: skip
-def test_the_answer_to_a_problem_repeats_it(a: int, operator: str, b: int, answer: str) -> None:
+def test_the_answer_to_a_problem_repeats_it_and_shows_the_steps(a: int, operator: str, b: int, answer: str) -> None:
     assert arithmetic.Problem(a, operator, b).answer == answer
 
 
-def test_every_result_in_the_training_text_is_right(training_lines: list[str]) -> None:
-    solved = [match for line in training_lines for match in re.findall(r"(\d+) ([-+*]) (\d+) = (-?\d+)\.", line)]
-    assert len(solved) > 10_000
-    for a, operator, b, result in solved:
-        assert arithmetic.Problem(int(a), operator, int(b)).result == int(result)
+def test_every_equation_in_the_training_text_is_true(training_lines: list[str]) -> None:
+    chains = {line for line in training_lines if re.fullmatch(r"[-+*() =\d]+ = -?\d+\.", line)}
+    assert len(chains) > 5_000
+    for chain in chains:
+        values = {eval(side, {"__builtins__": {}}) for side in chain.rstrip(".").split(" = ")}
+        assert len(values) == 1, chain
 
 
 def test_only_answers_carry_weight_in_chats() -> None:

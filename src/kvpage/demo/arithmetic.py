@@ -56,8 +56,28 @@ class Problem:
         return f"{self.a} {self.operator} {self.b} ="
 
     @property
+    def right(self) -> str:
+        """What follows the equals sign: the tens of b are dealt with first, then its ones.
+
+        47 + 38 = 77 + 8 = 85 and 38 - 85 = -(85 - 38) = -(55 - 8) = -47: each step is small enough for a
+        small model, which has no room to carry between digits in its head.
+        """
+        if self.operator == "-" and self.a < self.b:
+            turned = Problem(self.b, "-", self.a)
+            steps = [f"{turned.a} - {turned.b}", *turned._steps]
+            return " = ".join([*(f"-({step})" for step in steps), str(self.result)])
+        return " = ".join([*self._steps, str(self.result)])
+
+    @property
+    def _steps(self) -> list[str]:
+        tens = self.b - self.b % 10
+        if self.operator == "*" or tens in (0, self.b):
+            return []
+        return [f"{Problem(self.a, self.operator, tens).result} {self.operator} {self.b - tens}"]
+
+    @property
     def answer(self) -> str:
-        return f"{self.left} {self.result}."
+        return f"{self.left} {self.right}."
 
     @property
     def pair(self) -> tuple[int, int]:
@@ -68,13 +88,14 @@ class Problem:
 def held_back_pairs(operator: str) -> frozenset[tuple[int, int]]:
     """Return the unordered pairs of operands that training never shows, in neither order.
 
-    Sums and differences hold back a tenth of all pairs in which an operand has two digits. The pairs of
-    one-digit numbers and the multiplication table are there to be learned by heart: none is held back.
+    Sums and differences hold back a tenth of the pairs of two-digit numbers. Problems with a one-digit
+    operand are steps of the larger ones, and the multiplication table is learned by heart: there nothing is
+    held back.
     """
     if operator == "*":
         return frozenset()
     numbers = range(_LARGEST + 1)
-    pairs = [(a, b) for a in numbers for b in numbers if a <= b and b >= 10]
+    pairs = [(a, b) for a in numbers for b in numbers if 10 <= a <= b]
     return frozenset(random.Random(f"held back {operator}").sample(pairs, int(len(pairs) * _HELD_BACK_SHARE)))
 
 
@@ -87,8 +108,9 @@ def draw(random_: random.Random, operator: str | None = None) -> Problem:
     while True:
         if chosen == "*":
             return Problem(random_.randint(0, _LARGEST_FACTOR), "*", random_.randint(0, _LARGEST_FACTOR))
-        largest = 12 if random_.random() < 0.15 else _LARGEST
-        problem = Problem(random_.randint(0, largest), chosen, random_.randint(0, largest))
+        size = random_.random()
+        largest_a, largest_b = (12, 12) if size < 0.15 else (_LARGEST, 9 if size < 0.35 else _LARGEST)
+        problem = Problem(random_.randint(0, largest_a), chosen, random_.randint(0, largest_b))
         if problem.pair not in _HELD_BACK[chosen]:
             return problem
 

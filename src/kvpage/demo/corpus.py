@@ -123,12 +123,12 @@ def _chat(random_: random.Random, turns: Iterator[tuple[str, str]]) -> list[Segm
     return segments
 
 
-def _sheet(random_: random.Random) -> list[Segment]:
-    """A page of solved problems as plain text, so that "12 + 30 =" can be continued."""
+def _sheet(random_: random.Random, count: int) -> list[Segment]:
+    """A page of ``count`` solved problems as plain text, so that "12 + 30 =" can be continued."""
     segments = [Segment(BOS, 0.0)]
-    for index in range(random_.choice((1, 1, 4, 12))):
+    for index in range(count):
         problem = arithmetic.draw(random_)
-        segments += [Segment("\n" * (index > 0) + problem.left, 0.0), Segment(f" {problem.result}.", 1.0)]
+        segments += [Segment("\n" * (index > 0) + problem.left, 0.0), Segment(f" {problem.right}.", 1.0)]
     return [*segments, Segment(END, 1.0)]
 
 
@@ -153,8 +153,10 @@ def _raw_question(random_: random.Random) -> list[Segment]:
     return [Segment(BOS, 0.0), Segment(question, 0.0), Segment("\n" + answer + END, 1.0)]
 
 
-def document(random_: random.Random) -> list[Segment]:
-    """Draw one training document."""
+def document(random_: random.Random, sheets: float = 0.0) -> list[Segment]:
+    """Draw one training document; a share ``sheets`` are long pages of sums, on top of the usual mixture."""
+    if random_.random() < sheets:
+        return _sheet(random_, 12)
     draw = random_.random()
     if draw < 0.30:
         return _chat(random_, iter([_ask_fact(random_, random_.choice(load_facts()))]))
@@ -166,15 +168,15 @@ def document(random_: random.Random) -> list[Segment]:
     if draw < 0.88:
         return _chat(random_, _turns(random_, random_.randint(2, 5)))
     if draw < 0.91:
-        return _sheet(random_)
+        return _sheet(random_, random_.choice((1, 1, 4)))
     return _prose(random_) if draw < 0.96 else _raw_question(random_)
 
 
-def documents(seed: int) -> Iterator[list[Segment]]:
-    """Yield training documents without end; the same seed yields the same documents."""
+def documents(seed: int, sheets: float = 0.0) -> Iterator[list[Segment]]:
+    """Yield training documents without end; the same arguments yield the same documents."""
     random_ = random.Random(seed)
     while True:
-        yield document(random_)
+        yield document(random_, sheets)
 
 
 def held_back(count: int = 200, seed: int = 0) -> list[Example]:

@@ -10,7 +10,7 @@ import argparse
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,24 +23,40 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from kvpage.demo.corpus import BOS, END, PAD, Segment, documents
 from kvpage.demo.tokens import CONTEXT, VOCABULARY, train_tokenizer, write_tokenizer
 
-__all__ = ["Recipe", "main", "train"]
+__all__ = ["ROUNDS", "Round", "main", "train"]
+
+
+_TOKENS_PER_STEP = 2048
+_ROW = 512
+# The last steps of a round use long rows, so that the model keeps its manners far from the start of a context.
+_LONG_ROW = 2048
+_LONG_STEPS = 150
+_WARMUP = 100
+_FINAL_LEARNING_RATE = 2e-5
+_WEIGHT_DECAY = 0.05
+_SHEETS_FIRST = 0.7
+_SHEETS_LATER = 0.05
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """Everything that fixes the result. A step computes ``tokens_per_step`` tokens in rows of one length."""
+class Round:
+    """One cycle of warmup and cosine decay, with an optimizer and text of its own.
 
-    seed: int = 20
-    steps: int = 3600
-    tokens_per_step: int = 2048
-    row: int = 512
-    # The last steps use long rows, so that the model keeps its manners far from the start of a context.
-    long_row: int = 2048
-    long_steps: int = 250
-    warmup: int = 150
-    learning_rate: float = 1.5e-3
-    final_learning_rate: float = 2e-5
-    weight_decay: float = 0.05
+    The first ``sheet_steps`` steps mostly see pages of sums: sums are learned late and suddenly, facts early
+    and steadily.
+    """
+
+    steps: int
+    sheet_steps: int
+    learning_rate: float
+    seed: int
+
+
+ROUNDS = (
+    Round(steps=2400, sheet_steps=1000, learning_rate=1.5e-3, seed=20),
+    Round(steps=1200, sheet_steps=0, learning_rate=1e-3, seed=40),
+    Round(steps=1700, sheet_steps=250, learning_rate=1e-3, seed=60),
+)
 
 
 def model_config() -> LlamaConfig:
@@ -76,12 +92,12 @@ def _rows(
         yield torch.tensor(ids[: length + 1]), torch.tensor(weights[: length + 1])
 
 
-def _learning_rate(recipe: Recipe, step: int) -> float:
-    if step < recipe.warmup:
-        return recipe.learning_rate * (step + 1) / recipe.warmup
-    progress = (step - recipe.warmup) / max(1, recipe.steps - recipe.warmup)
-    span = recipe.learning_rate - recipe.final_learning_rate
-    return recipe.final_learning_rate + span * 0.5 * (1 + math.cos(math.pi * progress))
+def _learning_rate(round_: Round, step: int) -> float:
+    if step < _WARMUP:
+        return round_.learning_rate * (step + 1) / _WARMUP
+    progress = (step - _WARMUP) / max(1, round_.steps - _WARMUP)
+    span = round_.learning_rate - _FINAL_LEARNING_RATE
+    return _FINAL_LEARNING_RATE + span * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 def _loss(model: LlamaForCausalLM, rows: list[tuple[Tensor, Tensor]]) -> Tensor:
@@ -90,19 +106,19 @@ def _loss(model: LlamaForCausalLM, rows: list[tuple[Tensor, Tensor]]) -> Tensor:
     weights = torch.stack([weight for _, weight in rows])[:, 1:]
     hidden = model.model(input_ids=ids[:, :-1], use_cache=False).last_hidden_state
     counted = weights > 0
-    logits = model.lm_head(hidden[counted])
+    logits = model.lm_head(hidden[counted]).float()
     losses = torch.nn.functional.cross_entropy(logits, ids[:, 1:][counted], reduction="none")
     return (losses * weights[counted]).sum() / weights.sum()
 
 
-def _optimizer(model: LlamaForCausalLM, recipe: Recipe) -> torch.optim.AdamW:
+def _optimizer(model: LlamaForCausalLM) -> torch.optim.AdamW:
     matrices = [parameter for parameter in model.parameters() if parameter.dim() >= 2]
     vectors = [parameter for parameter in model.parameters() if parameter.dim() < 2]
     groups = [
-        {"params": matrices, "weight_decay": recipe.weight_decay},
+        {"params": matrices, "weight_decay": _WEIGHT_DECAY},
         {"params": vectors, "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=(0.9, 0.98))
+    return torch.optim.AdamW(groups, betas=(0.9, 0.98))
 
 
 def _write(model: LlamaForCausalLM, tokenizer: Tokenizer, folder: Path) -> None:
@@ -124,40 +140,55 @@ def _write(model: LlamaForCausalLM, tokenizer: Tokenizer, folder: Path) -> None:
     write_tokenizer(tokenizer, folder)
 
 
-def train(folder: Path, recipe: Recipe, save_every: int = 500) -> None:
-    """Train tokenizer and model and write the checkpoint to ``folder``, also every ``save_every`` steps."""
-    torch.manual_seed(recipe.seed)
-    tokenizer = train_tokenizer(recipe.seed)
-    model = LlamaForCausalLM(model_config()).float()
-    optimizer = _optimizer(model, recipe)
-    stream = documents(recipe.seed)
-    long_from = recipe.steps - recipe.long_steps
+def _train_round(model: LlamaForCausalLM, tokenizer: Tokenizer, round_: Round) -> None:
+    """Train ``model`` in place: float32 weights, products in bfloat16."""
+    optimizer = _optimizer(model)
+    first = documents(round_.seed, _SHEETS_FIRST)
+    later = documents(round_.seed + 1, _SHEETS_LATER)
     started = time.monotonic()
-    for step in range(recipe.steps):
-        length = recipe.long_row if step >= long_from else recipe.row
-        source = _rows(tokenizer, stream, length)
+    for step in range(round_.steps):
+        length = _LONG_ROW if step >= round_.steps - _LONG_STEPS else _ROW
+        source = _rows(tokenizer, first if step < round_.sheet_steps else later, length)
         for group in optimizer.param_groups:
-            group["lr"] = _learning_rate(recipe, step)
-        loss = _loss(model, [next(source) for _ in range(recipe.tokens_per_step // length)])
+            group["lr"] = _learning_rate(round_, step)
+        rows = [next(source) for _ in range(_TOKENS_PER_STEP // length)]
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = _loss(model, rows)
         torch.autograd.backward(loss)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        if step % 25 == 0 or step == recipe.steps - 1:
+        if step % 25 == 0 or step == round_.steps - 1:
             print(f"step {step:5d}  loss {loss.item():.4f}  {time.monotonic() - started:6.0f} s", flush=True)
-        if (step + 1) % save_every == 0 or step == recipe.steps - 1:
-            _write(model, tokenizer, folder)
+
+
+def train(folder: Path, rounds: Sequence[Round] = ROUNDS, start: Path | None = None) -> None:
+    """Train tokenizer and model and write the checkpoint to ``folder`` after every round.
+
+    Every round goes on from the checkpoint that was written before it, in bfloat16 as it is; ``start`` is such
+    a checkpoint, to go on from instead of beginning anew.
+    """
+    tokenizer = train_tokenizer(ROUNDS[0].seed)
+    torch.manual_seed(ROUNDS[0].seed)
+    for round_ in rounds:
+        if start is None:
+            model = LlamaForCausalLM(model_config()).float()
+        else:
+            model = LlamaForCausalLM.from_pretrained(start, dtype=torch.float32)
+        _train_round(model, tokenizer, round_)
+        _write(model, tokenizer, folder)
+        start = folder
 
 
 def main() -> None:
     """Read the command line and train."""
-    parser = argparse.ArgumentParser(prog="python -m kvpage.demo.train", description="Train the demo model.")
+    parser = argparse.ArgumentParser(prog="python -m kvpage.demo.train", description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder for the checkpoint")
-    parser.add_argument("--steps", type=int, default=Recipe.steps, help="default: %(default)s")
-    parser.add_argument("--threads", type=int, default=2, help="default: %(default)s")
+    parser.add_argument("--start", type=Path, help="do the last round again, from this checkpoint")
+    parser.add_argument("--threads", type=int, default=2, help="torch threads (default: %(default)s)")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    train(arguments.out, Recipe(steps=arguments.steps))
+    train(arguments.out, ROUNDS[-1:] if arguments.start else ROUNDS, arguments.start)
 
 
 if __name__ == "__main__":
