@@ -125,6 +125,20 @@ def test_readers_of_any_pace_see_everything_once(
     assert asyncio.run(main()) == [expected[prompt] for prompt in PROMPTS]
 
 
+def test_a_loop_is_called_at_most_once_a_step(make_async: MakeAsync, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = make_async()
+    calls = []
+
+    async def main() -> None:
+        loop = asyncio.get_running_loop()
+        wake = loop.call_soon_threadsafe
+        monkeypatch.setattr(loop, "call_soon_threadsafe", lambda *a: (calls.append(a), wake(*a))[1])
+        await asyncio.gather(*(engine.generate(prompt, GREEDY) for prompt in PROMPTS))
+
+    asyncio.run(main())
+    assert 0 < len(calls) <= engine.stats().steps
+
+
 def test_a_handle_can_be_awaited_and_iterated_again(make_async: MakeAsync) -> None:
     engine = make_async()
 

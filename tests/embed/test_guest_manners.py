@@ -231,16 +231,20 @@ else:
     assert run_program(f"ENDINGS = {ENDINGS!r}\n" + source) == "all ended\n"
 
 
-def test_a_forked_child_of_a_host_ends_too(run_program: RunProgram) -> None:
+def test_a_forked_child_is_told_and_ends(run_program: RunProgram) -> None:
     source = '''
 import os, sys, warnings
 warnings.simplefilter("ignore")
-from kvpage import AsyncEngine, SamplingParams
+from kvpage import AsyncEngine, EngineDeadError, SamplingParams
 engine = AsyncEngine(r"{model}")
 engine.generate("x", SamplingParams(max_tokens=400, ignore_eos=True))
 child = os.fork()
 if child == 0:
-    sys.exit(0)
+    try:
+        engine.generate("x")
+    except EngineDeadError as error:
+        sys.exit(0 if "fork" in str(error) else 1)
+    sys.exit(2)
 _, status = os.waitpid(child, 0)
 assert status == 0, status
 engine.check_health()

@@ -217,6 +217,16 @@ def test_a_listener_hears_the_life_of_a_request(make_engine: MakeEngine) -> None
     assert ("completed", "gone", False) in Witness.heard
 
 
+def test_a_listener_hears_of_every_choice_that_ends_in_error(make_engine: MakeEngine) -> None:
+    engine = make_engine(plugins=registry(Witness, Faulty))
+    params = GREEDY.clone(n=2, temperature=1.0, logits_processors=["faulty"], extra_args={"in": "apply"})
+    Witness.heard.clear()
+    with pytest.raises(RequestError):
+        engine.submit([9], params, request_id="r").result()
+    ends = [event for event in Witness.heard if event[0] in ("finished", "completed")]
+    assert ends == [("finished", "r", 0, "error", 0), ("finished", "r", 1, "error", 0), ("completed", "r", False)]
+
+
 def test_a_listener_that_raises_is_dropped_and_logged(
     make_engine: MakeEngine, caplog: pytest.LogCaptureFixture
 ) -> None:

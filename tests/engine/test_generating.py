@@ -12,6 +12,7 @@ import pytest
 from engine_state import MakeEngine
 
 from kvpage import Engine, EngineDeadError, RequestError, RequestOutput, SamplingParams
+from tiny_checkpoint import write_checkpoint
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
 PROMPTS = ["The block pool", "Every request ends in exactly one", "Paged", "hands out blocks, and the"]
@@ -62,6 +63,17 @@ def test_text_stays_empty_where_it_was_not_asked_for(engine: Engine) -> None:
     (output,) = engine.generate("The", GREEDY.clone(detokenize=False))
     assert output.outputs[0].text == ""
     assert len(tokens_of(output)) == 12
+
+
+def test_tokens_that_the_tokenizer_does_not_know_have_no_text(make_engine: MakeEngine, tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path / "padded", vocab_size=512)
+    engine = make_engine(folder, max_logprobs=-1)
+    params = GREEDY.clone(max_tokens=40, logprobs=-1, temperature=1.0, seed=2)
+    (output,) = engine.generate("The", params)
+    unknown = [token for token in output.outputs[0].token_ids if token >= 380]
+    assert unknown, "the model gave some"
+    (known,) = engine.generate("The", params.clone(allowed_token_ids=range(380, 512)))
+    assert known.outputs[0].text == ""
 
 
 def test_a_chat_is_the_rendered_template_without_a_second_bos(engine: Engine) -> None:

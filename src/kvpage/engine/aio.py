@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import threading
 import time
 import weakref
@@ -155,6 +156,7 @@ class CoreThread:
         self._commands: deque[Callable[[], None]] = deque()
         self._watched: dict[RequestState, AsyncHandle] = {}
         self._stopping = False
+        self._process = os.getpid()
         self._thread = threading.Thread(target=self._run, name="kvpage-engine", daemon=True)
         self._thread.start()
 
@@ -221,12 +223,17 @@ class CoreThread:
         return self._thread.is_alive()
 
     def stop(self) -> None:
-        """``request_stop`` and wait. Idempotent."""
+        """``request_stop`` and wait. Idempotent. A forked child has no such thread, and maybe a lock it left held."""
+        if os.getpid() != self._process:
+            return
         self.request_stop()
         if threading.current_thread() is not self._thread:
             self._thread.join()
 
     def _post(self, command: Callable[[], None]) -> None:
+        if os.getpid() != self._process:
+            raise EngineDeadError(f"the engine lives in process {self._process} and cannot be used in a fork of it: "
+                                  "make one there")
         with self._condition:
             if self._stopping:
                 raise EngineDeadError("the engine is closed; make a new one")

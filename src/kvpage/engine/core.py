@@ -14,7 +14,7 @@ from kvpage.engine.executor import Executor
 from kvpage.engine.request import RequestState, with_texts
 from kvpage.engine.stats import EngineStats, Listeners
 from kvpage.errors import EngineDeadError, KvpageError, RequestError
-from kvpage.outputs import PositionLogprobs
+from kvpage.outputs import CompletionOutput, PositionLogprobs
 from kvpage.sched.plan import StepPlan
 from kvpage.sched.scheduler import Scheduler
 from kvpage.sched.sequence import Sequence as ScheduledSequence
@@ -227,18 +227,27 @@ class EngineCore:
         else:
             reason = "stop"
             state.finish(sequence.index, reason, matched, flush=False)
-        if self.listeners:
-            choice = state.choices[sequence.index].output
-            request_id, tokens = state.output.request_id, len(choice.token_ids)
-            self.listeners.tell(lambda o: o.finished(request_id, choice.index, reason, tokens))
+        self._tell_finished(state, state.choices[sequence.index].output)
         if state.done:
             self._forget(state)
 
     def _fail(self, state: RequestState, error: Exception) -> None:
         """One request cannot go on; its blocks are freed, the others do not notice."""
         self.scheduler.abort(state.request)
-        state.fail(error if isinstance(error, KvpageError) else RequestError(f"{type(error).__name__}: {error}"))
+        self._end_in_error(
+            state, error if isinstance(error, KvpageError) else RequestError(f"{type(error).__name__}: {error}")
+        )
+
+    def _end_in_error(self, state: RequestState, error: KvpageError) -> None:
+        for choice in state.fail(error):
+            self._tell_finished(state, choice)
         self._forget(state)
+
+    def _tell_finished(self, state: RequestState, choice: CompletionOutput) -> None:
+        reason = choice.finish_reason
+        if self.listeners and reason is not None:
+            request_id, tokens = state.output.request_id, len(choice.token_ids)
+            self.listeners.tell(lambda o: o.finished(request_id, choice.index, reason, tokens))
 
     def _forget(self, state: RequestState) -> None:
         self.states.pop(state.output.request_id, None)
@@ -262,8 +271,7 @@ class EngineCore:
         for state in list(self.states.values()):
             with suppress(Exception):
                 self.scheduler.abort(state.request)
-            state.fail(self._dead_error())
-            self._forget(state)
+            self._end_in_error(state, self._dead_error())
 
     def _dead_error(self) -> EngineDeadError:
         if isinstance(self.dead, EngineDeadError):

@@ -141,16 +141,18 @@ class RequestState:
             self._close_metrics()
             self.output.finished = True
 
-    def fail(self, error: Exception) -> None:
-        """The request ended in error: every unfinished choice ends with "error", readers get ``error`` raised."""
+    def fail(self, error: Exception) -> list[CompletionOutput]:
+        """The request ended in error, which its readers get raised. Returns the choices that were unfinished, now
+        "error"."""
         if self.done:
-            return
-        for choice in self.choices:
-            if choice.output.finish_reason is None:
-                choice.finish("error", None, flush=False)
+            return []
+        unfinished = [choice for choice in self.choices if choice.output.finish_reason is None]
+        for choice in unfinished:
+            choice.finish("error", None, flush=False)
         self._close_metrics()
         self.error = error
         self.output.finished = True
+        return [choice.output for choice in unfinished]
 
     def take_events(self) -> list[TokenEvent]:
         """One event for each choice that gained something since the last call."""
