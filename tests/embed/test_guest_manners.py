@@ -45,7 +45,6 @@ def portrait():
         "folder": os.getcwd(),
         "locale": locale.setlocale(locale.LC_ALL),
         "affinity": sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None,
-        "children": os.path.exists("/proc/self/task") and open("/proc/thread-self/children").read(),
     }
 
 def assert_as_before(before):
@@ -255,25 +254,32 @@ print("parent")
 
 def test_a_notebook_cell_can_be_interrupted(run_program: RunProgram) -> None:
     source = '''
-import os, signal, threading
+import os, signal
 from kvpage import Engine, SamplingParams
 engine = Engine(r"{model}")
 short = SamplingParams(max_tokens=8, temperature=0.0, ignore_eos=True)
 expected = engine.generate("The block", short)[0].outputs[0].token_ids
-for delay in (0.02, 0.05, 0.09):
-    timer = threading.Timer(delay, os.kill, (os.getpid(), signal.SIGINT))
-    timer.start()
+executor = engine._core._executor
+submit, left = executor.submit, 0
+
+def interrupted(plan):
+    """Ctrl-C arrives while the model runs, where nearly all of the time goes."""
+    global left
+    left -= 1
+    if left == 0:
+        os.kill(os.getpid(), signal.SIGINT)
+    return submit(plan)
+
+executor.submit = interrupted
+for left in (1, 2, 5):
     try:
-        while True:
-            engine.generate(["x"] * 30, SamplingParams(max_tokens=400, ignore_eos=True))
+        engine.generate(["x"] * 30, SamplingParams(max_tokens=400, ignore_eos=True))
     except KeyboardInterrupt:
-        pass
-    timer.join()
+        print("interrupted")
     assert engine.stats().running == engine.stats().waiting == engine.stats().used_blocks == 0
     assert engine.generate("The block", short)[0].outputs[0].token_ids == expected
-print("usable")
 '''
-    assert run_program(source) == "usable\n"
+    assert run_program(source) == "interrupted\n" * 3
 
 
 def test_two_engines_interleaved_step_by_step_give_what_each_gives_alone(tiny: Path, tmp_path: Path) -> None:

@@ -103,15 +103,33 @@ def test_a_text_that_cannot_be_decoded_ends_its_request_alone(
     broken = engine.submit("The", GREEDY.clone(n=3, temperature=1.0, seed=1))
     fine = engine.submit("The", GREEDY)
     detokenizer = broken._state.choices[1]._detokenizer
-    push = Detokenizer.push
+    for name in ("push", "flush"):
+        original = getattr(Detokenizer, name)
 
-    def fails(self: Detokenizer, ids: Any) -> str:
-        if self is detokenizer:
-            raise ZeroDivisionError("boom")
-        return push(self, ids)
+        def fails(self: Detokenizer, *ids: Any, original: Any = original) -> str:
+            if self is detokenizer:
+                raise ZeroDivisionError("boom")
+            return str(original(self, *ids))
 
-    monkeypatch.setattr(Detokenizer, "push", fails)
+        monkeypatch.setattr(Detokenizer, name, fails)
     with pytest.raises(RequestError, match="ZeroDivisionError: boom"):
         broken.result()
     assert [choice.finish_reason for choice in broken.output.outputs] == ["error"] * 3
     assert fine.result().outputs[0].finish_reason == "length"
+
+
+def test_a_stream_that_the_garbage_collector_closes_within_a_step_ends_after_it(
+    make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = make_engine(block_size=4)
+    handles = [engine.submit(PROMPT, GREEDY) for _ in range(3)]
+    admit = engine._core.blocks.admit
+
+    def collects(*args: Any, **keywords: Any) -> Any:
+        handles[0].cancel()
+        handles[1].cancel()
+        return admit(*args, **keywords)
+
+    monkeypatch.setattr(engine._core.blocks, "admit", collects)
+    assert handles[2].result().outputs[0].finish_reason == "length"
+    assert [handle.result().outputs[0].finish_reason for handle in handles[:2]] == ["abort"] * 2

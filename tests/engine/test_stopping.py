@@ -64,6 +64,21 @@ def test_a_stop_token_is_shown_where_stops_are_to_be_included(engine: Engine, pl
     assert run(engine, params).text == run(engine, GREEDY.clone(max_tokens=index + 1)).text
 
 
+def test_a_stop_token_goes_before_a_stop_string_that_it_completes(engine: Engine, plain: CompletionOutput) -> None:
+    assert engine.tokenizer is not None
+    index = next(
+        i for i in range(4, 30)
+        if plain.token_ids[i] not in plain.token_ids[:i]
+        and (text := engine.tokenizer.token_text(plain.token_ids[i])).isascii()
+        and text not in run(engine, GREEDY.clone(max_tokens=i)).text
+    )  # fmt: skip
+    token = plain.token_ids[index]
+    params = GREEDY.clone(stop_token_ids=[token], stop=engine.tokenizer.token_text(token), max_tokens=40)
+    hidden, shown = run(engine, params), run(engine, params.clone(include_stop_str_in_output=True))
+    assert (hidden.stop_reason, shown.stop_reason) == (token, token)
+    assert shown.text == hidden.text + engine.tokenizer.token_text(token)
+
+
 @pytest.fixture
 def ending(plain: CompletionOutput, tmp_path: Path) -> tuple[Path, int]:
     """A checkpoint whose end-of-sequence token is one that is generated, and where."""
