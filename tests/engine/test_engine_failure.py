@@ -96,6 +96,36 @@ def test_an_interrupted_step_is_computed_again(
     assert len(output.prompt_logprobs) == len(PROMPT)
 
 
+def test_an_interrupt_between_tokens_ends_requests_and_not_the_engine(
+    make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = make_engine()
+    (expected,) = engine.generate("The", GREEDY)
+    other = engine.submit("Paged", GREEDY)
+    with monkeypatch.context() as patch:
+        Sabotage(patch, Detokenizer, "push", KeyboardInterrupt(), count=3, after=True)
+        with pytest.raises(KeyboardInterrupt):
+            engine.generate(["The", "The"], GREEDY)
+    assert_empty(engine)
+    with pytest.raises(RequestError, match="interrupted"):
+        other.result()
+    assert engine.generate("The", GREEDY)[0].outputs[0].token_ids == expected.outputs[0].token_ids
+
+
+def test_an_interrupt_within_the_scheduler_ends_the_engine_in_order(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = Engine(tiny)
+    Sabotage(monkeypatch, engine._core.scheduler, "commit", KeyboardInterrupt(), count=2, after=True)
+    handle = engine.submit("The", GREEDY)
+    with pytest.raises(KeyboardInterrupt):
+        handle.result()
+    with pytest.raises(EngineDeadError, match="KeyboardInterrupt"):
+        handle.result()
+    engine.close()
+    assert engine.stats().used_blocks == 0
+
+
 def test_a_text_that_cannot_be_decoded_ends_its_request_alone(
     make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -84,7 +84,7 @@ class EngineCore:
         began = time.perf_counter()
         changed: dict[str, RequestState] = {}
         plan: StepPlan | None = None
-        executing = False
+        phase = "bookkeeping"
         self._stepping = True
         try:
             for sequence in self.scheduler.expire():
@@ -92,19 +92,18 @@ class EngineCore:
             plan = self.scheduler.schedule()
             if plan is not None:
                 assert self._executor is not None, "a closed engine has no work"
-                executing = True
+                phase = "executing"
                 result = self._executor.submit(plan).result()
-                executing = False
-                self._deliver(self.scheduler.commit(plan, result), changed)
-        except BaseException as error:
-            if executing and plan is not None and not isinstance(error, Exception):
-                # Ctrl-C while the model ran: nothing was taken in, the next step computes it again.
-                self.scheduler.fail(plan)
-                raise
+                phase = "bookkeeping"
+                commit = self.scheduler.commit(plan, result)
+                phase = "delivering"
+                self._deliver(commit, changed)
+        except Exception as error:
             # Nothing of a failed step can be trusted, whatever went wrong in it.
             self.die(error, plan)
-            if isinstance(error, Exception):
-                raise self._dead_error() from error
+            raise self._dead_error() from error
+        except BaseException as interrupt:
+            self._interrupted(phase, plan, interrupt)
             raise
         finally:
             self._stepping = False
@@ -254,6 +253,17 @@ class EngineCore:
         self.totals.finished_requests += 1
         if self.listeners:
             self.listeners.tell(lambda o: o.completed(state.output.request_id, state.output.metrics))
+
+    def _interrupted(self, phase: str, plan: StepPlan | None, interrupt: BaseException) -> None:
+        """Ctrl-C within a step. Where the scheduler is consistent, the engine goes on."""
+        if phase == "executing" and plan is not None:
+            self.scheduler.fail(plan)  # nothing was taken in: the next step computes it again
+        elif phase == "delivering":
+            error = RequestError("the request was interrupted while its tokens were delivered: submit it again")
+            for state in list(self.states.values()):
+                self._fail(state, error)
+        else:
+            self.die(interrupt, plan)
 
     def _abort_asked(self, changed: dict[str, RequestState]) -> None:
         asked, self._asked_to_abort = self._asked_to_abort, []
