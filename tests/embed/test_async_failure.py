@@ -19,15 +19,15 @@ GREEDY = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
 MakeAsync = Callable[..., AsyncEngine]
 
 
-def fail_step(engine: AsyncEngine, error: BaseException, count: int) -> None:
-    """The executor raises at its ``count``-th step."""
+def fail_step(engine: AsyncEngine, error: BaseException, count: int, armed: threading.Event | None = None) -> None:
+    """The executor raises at its ``count``-th step, or later when it is ``armed``."""
     executor = engine._worker.core._executor
     assert executor is not None
     submit, left = executor.submit, [count]
 
     def failing(plan: Any) -> Any:
         left[0] -= 1
-        if left[0] == 0:
+        if left[0] <= 0 and (armed is None or armed.is_set()):
             raise error
         return submit(plan)
 
@@ -39,13 +39,15 @@ def test_a_failed_step_reaches_every_handle(
     tiny: Path, error: Exception, caplog: pytest.LogCaptureFixture
 ) -> None:
     engine = AsyncEngine(tiny, max_num_seqs=4)
-    fail_step(engine, error, 5)
+    armed = threading.Event()
+    fail_step(engine, error, 5, armed)
 
     async def iterate(handle: Any) -> list[Any]:
         return [event async for event in handle]
 
     async def main() -> list[Any]:
-        handles = [engine.generate("The block", GREEDY.clone(max_tokens=100)) for _ in range(8)]
+        handles = [engine.generate("The block", GREEDY.clone(max_tokens=500)) for _ in range(8)]
+        armed.set()
         ways = [handle.result() if index % 2 else iterate(handle) for index, handle in enumerate(handles)]
         return await asyncio.wait_for(asyncio.gather(*ways, return_exceptions=True), 30)
 
