@@ -322,6 +322,20 @@ def test_a_loop_that_is_gone_takes_its_requests_along(make_async: MakeAsync) -> 
     assert handles[0].output.outputs[0].finish_reason == "abort"
 
 
+def test_a_handle_belongs_to_one_loop_at_a_time(make_async: MakeAsync) -> None:
+    engine = make_async()
+    handle = engine.generate(PROMPTS[0], ENDLESS)
+    events = handle.__aiter__()
+    first, second = asyncio.new_event_loop(), asyncio.new_event_loop()
+    assert first.run_until_complete(events.__anext__()).token_ids
+    with pytest.raises(RuntimeError, match="another event loop"):
+        second.run_until_complete(handle.result())
+    first.run_until_complete(events.aclose())  # type: ignore[attr-defined]
+    first.close()
+    assert second.run_until_complete(handle.result()).outputs[0].finish_reason == "abort"
+    second.close()
+
+
 def test_bad_prompts_are_refused_at_the_call(make_async: MakeAsync) -> None:
     engine = make_async()
     for prompt in ("", [999], [[1]], None):

@@ -12,7 +12,7 @@ RunProgram = Callable[..., str]
 GREEDY = SamplingParams(temperature=0.0, max_tokens=20, ignore_eos=True)
 
 PORTRAIT = '''
-import asyncio, locale, logging, os, random, signal, sys, threading, time, warnings
+import asyncio, atexit, locale, logging, os, random, signal, sys, threading, time, warnings
 import numpy, torch
 
 def portrait():
@@ -38,6 +38,7 @@ def portrait():
         "hooks": (sys.excepthook, threading.excepthook, sys.unraisablehook, sys.gettrace(), sys.getprofile()),
         "asyncgen hooks": tuple(sys.get_asyncgen_hooks()),
         "policy": id(asyncio.get_event_loop_policy()),
+        "at exit": atexit._ncallbacks(),
         "warnings": list(map(repr, warnings.filters)),
         "recursion": sys.getrecursionlimit(),
         "switching": sys.getswitchinterval(),

@@ -122,11 +122,16 @@ class AsyncHandle:
 
     async def _changed(self) -> None:
         """Until the engine's thread says that this request gained something (or at once, if it just did)."""
-        if self.loop is None:
-            self.loop = asyncio.get_running_loop()
+        loop = asyncio.get_running_loop()
+        if self.loop is not loop:
+            if self.loop is not None and not self.loop.is_closed():
+                raise RuntimeError("this handle is read in another event loop, which first awaited or iterated it: "
+                                   "read it there")
+            self.unbind()
+            self.loop = loop
             self._worker.watch(self._state, self)
             return
-        waiter: asyncio.Future[None] = self.loop.create_future()
+        waiter: asyncio.Future[None] = loop.create_future()
         self._waiters.append(waiter)
         try:
             await waiter
