@@ -3,24 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-import logging
-import os
-import threading
 import time
 import weakref
-from collections import deque
-from collections.abc import AsyncIterator, Callable, Generator, Sequence
-from concurrent.futures import Future
-from contextlib import suppress
+from collections.abc import AsyncIterator, Generator, Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from kvpage.config import EngineOptions
 from kvpage.engine.build import build_engine
-from kvpage.engine.core import EngineCore
 from kvpage.engine.inputs import Message, Prompt
 from kvpage.engine.request import RequestState
 from kvpage.engine.stats import EngineStats
+from kvpage.engine.thread import CoreThread, Loop
 from kvpage.errors import EngineDeadError
 from kvpage.outputs import RequestOutput, TokenEvent
 from kvpage.params import SamplingParams
@@ -29,9 +23,6 @@ from kvpage.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from kvpage.inspect.snapshot import BlockMap
-
-T = TypeVar("T")
-Loop = asyncio.AbstractEventLoop
 
 
 class AsyncHandle:
@@ -150,154 +141,6 @@ class AsyncHandle:
         for waiter in waiters:
             if not waiter.done():
                 waiter.set_result(None)
-
-
-class CoreThread:
-    """Runs the core in a thread of its own. What others want of the core goes through ``call``."""
-
-    def __init__(self, core: EngineCore) -> None:
-        self.core = core
-        self._condition = threading.Condition()
-        self._commands: deque[Callable[[], None]] = deque()
-        self._watched: dict[RequestState, AsyncHandle] = {}
-        self._stopping = False
-        self._process = os.getpid()
-        self._thread = threading.Thread(target=self._run, name="kvpage-engine", daemon=True)
-        self._thread.start()
-
-    def call(self, function: Callable[[EngineCore], T]) -> Future[T]:
-        """Run ``function(core)`` between two steps; at once in the engine's own thread (a listener's call)."""
-        future: Future[T] = Future()
-
-        def run() -> None:
-            try:
-                future.set_result(function(self.core))
-            except BaseException as error:
-                # Whatever it was belongs to the caller, who waits for it; the engine's thread goes on.
-                future.set_exception(error)
-
-        if threading.current_thread() is self._thread:
-            run()
-        else:
-            self._post(run)
-        return future
-
-    def submit(self, state: RequestState) -> None:
-        """Hand a request over; what the core refuses becomes the request's error."""
-
-        def run() -> None:
-            try:
-                self.core.submit(state)
-            except Exception as error:
-                # Whatever is wrong with a request is told to the one who made it.
-                state.fail(error)
-                self._wake([state])
-
-        self._post(run)
-
-    def abort(self, state: RequestState) -> None:
-        """End this request, and no other that has its id by now. Nothing is left to do if the engine stops."""
-
-        def run() -> None:
-            request_id = state.output.request_id
-            if self.core.states.get(request_id) is state:
-                self._wake(self.core.abort(request_id))
-
-        with suppress(EngineDeadError):
-            self._post(run)
-
-    def abort_id(self, request_id: str) -> None:
-        """End whichever request has this id."""
-        with suppress(EngineDeadError):
-            self._post(lambda: self._wake(self.core.abort(request_id)))
-
-    def watch(self, state: RequestState, handle: AsyncHandle) -> None:
-        """From now on wake the handle's loop when its request gains something."""
-        self._watched[state] = handle
-        if state.done:
-            self._watched.pop(state, None)
-
-    def request_stop(self) -> None:
-        """End the thread after the step it is in; every unfinished request ends with "abort"."""
-        with self._condition:
-            self._stopping = True
-            self._condition.notify()
-
-    @property
-    def alive(self) -> bool:
-        return self._thread.is_alive()
-
-    def stop(self) -> None:
-        """``request_stop`` and wait. Idempotent. A forked child has no such thread, and maybe a lock it left held."""
-        if os.getpid() != self._process:
-            return
-        self.request_stop()
-        if threading.current_thread() is not self._thread:
-            self._thread.join()
-
-    def _post(self, command: Callable[[], None]) -> None:
-        if os.getpid() != self._process:
-            raise EngineDeadError(f"the engine lives in process {self._process} and cannot be used in a fork of it: "
-                                  "make one there")
-        with self._condition:
-            if self._stopping:
-                raise EngineDeadError("the engine is closed; make a new one")
-            self._commands.append(command)
-            self._condition.notify()
-
-    def _run(self) -> None:
-        try:
-            self._serve()
-        except BaseException as error:
-            # Nobody waits for this thread, but many for their requests.
-            self.core.die(error)
-            raise
-        finally:
-            with self._condition:
-                self._stopping = True
-            self.core.close()
-            self._wake(list(self._watched))
-
-    def _serve(self) -> None:
-        """Commands and steps, until the engine is to stop; commands that came before that are still run."""
-        core = self.core
-        while True:
-            with self._condition:
-                while not (self._commands or core.has_work or self._stopping):
-                    self._condition.wait()
-                commands, self._commands = self._commands, deque()
-                stopping = self._stopping
-            for command in commands:
-                command()
-            if stopping:
-                return
-            if core.has_work:
-                self._step()
-
-    def _step(self) -> None:
-        states = list(self.core.states.values())
-        try:
-            changed = self.core.step()
-        except EngineDeadError:
-            logging.getLogger("kvpage").exception("the engine died; every open request ends with this error")
-            changed = states
-        self._wake(changed)
-
-    def _wake(self, states: Sequence[RequestState]) -> None:
-        """One call into each event loop that has a reader of these requests."""
-        by_loop: dict[Loop, list[AsyncHandle]] = {}
-        for state in states:
-            handle = self._watched.pop(state, None) if state.done else self._watched.get(state)
-            if handle is not None and handle.loop is not None:
-                by_loop.setdefault(handle.loop, []).append(handle)
-        for loop, handles in by_loop.items():
-            try:
-                loop.call_soon_threadsafe(_wake_all, handles)
-            except RuntimeError:
-                # The loop is closed, so nobody reads these any more: their requests end.
-                for handle in handles:
-                    handle.unbind()
-                    handle.cancel()
 
 
 class AsyncEngine:
@@ -439,8 +282,3 @@ class AsyncEngine:
 
     def _make_handle(self, state: RequestState) -> AsyncHandle:
         return AsyncHandle(self, self._worker, state)
-
-
-def _wake_all(handles: Sequence[AsyncHandle]) -> None:
-    for handle in handles:
-        handle.wake()
