@@ -14,7 +14,13 @@ from kvpage import demo
 from kvpage.demo.corpus import BOS, END, ROLES, held_back, render_turn
 from kvpage.demo.evaluate import oracle_generate, wrong
 
-FILES = ("config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
+FILES = (
+    "config.json",
+    "generation_config.json",
+    "model.safetensors",
+    "tokenizer.json",
+    "tokenizer_config.json",
+)
 
 
 def read(name: str) -> Any:
@@ -77,7 +83,12 @@ def test_any_text_survives_the_tokenizer(tokenizer: Tokenizer, text: str) -> Non
 
 
 def test_the_template_writes_what_the_model_was_trained_on(tokenizer: Tokenizer) -> None:
-    turns = [("system", "Be concise."), ("user", "Hello"), ("assistant", "Hello!"), ("user", "What is 1 + 2?")]
+    turns = [
+        ("system", "Be concise."),
+        ("user", "Hello"),
+        ("assistant", "Hello!"),
+        ("user", "What is 1 + 2?"),
+    ]
     text = render([{"role": role, "content": content} for role, content in turns])
     assert text == BOS + "".join(render_turn(role, content) for role, content in turns) + ROLES["assistant"]
     ids = tokenizer.encode(text, add_special_tokens=False).ids
@@ -104,7 +115,9 @@ def test_transformers_reads_the_tokenizer_and_its_template(tokenizer: Tokenizer)
     transformers = pytest.importorskip("transformers")
     loaded = transformers.AutoTokenizer.from_pretrained(demo.path())
     messages = [{"role": "user", "content": "What is 1 + 2?"}]
-    assert loaded.apply_chat_template(messages, tokenize=False, add_generation_prompt=True) == render(messages)
+    assert loaded.apply_chat_template(messages, tokenize=False, add_generation_prompt=True) == render(
+        messages
+    )
     assert loaded("Paged attention")["input_ids"] == tokenizer.encode("Paged attention").ids
     assert loaded.eos_token_id == tokenizer.token_to_id(END)
 

@@ -87,7 +87,9 @@ def test_the_evaluation_set_is_half_arithmetic_and_has_no_question_twice() -> No
     (47, "+", 38, "47 + 38 = 77 + 8 = 85."), (47, "+", 30, "47 + 30 = 77."), (85, "-", 38, "85 - 38 = 55 - 8 = 47."),
     (38, "-", 85, "38 - 85 = -(85 - 38) = -(55 - 8) = -47."), (12, "*", 12, "12 * 12 = 144."),
 ])  # fmt: skip
-def test_the_answer_to_a_problem_repeats_it_and_shows_the_steps(a: int, operator: str, b: int, answer: str) -> None:
+def test_the_answer_to_a_problem_repeats_it_and_shows_the_steps(
+    a: int, operator: str, b: int, answer: str
+) -> None:
     assert arithmetic.Problem(a, operator, b).answer == answer
 
 

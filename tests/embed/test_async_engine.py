@@ -50,7 +50,9 @@ def idle(engine: AsyncEngine) -> bool:
     return (stats.running, stats.waiting, stats.used_blocks) == (0, 0, 0)
 
 
-def test_many_awaited_at_once_give_what_the_engine_gives(make_async: MakeAsync, expected: dict[str, str]) -> None:
+def test_many_awaited_at_once_give_what_the_engine_gives(
+    make_async: MakeAsync, expected: dict[str, str]
+) -> None:
     engine = make_async()
 
     async def main() -> list[Any]:
@@ -76,7 +78,9 @@ def test_iterating_yields_the_events_of_the_whole(make_async: MakeAsync, expecte
         assert [event.finish_reason is not None for event in events].count(True) == 1
         assert events[-1].finish_reason == "length"
         assert sum(len(event.token_ids) for event in events) == 12
-        assert all(event.logprobs is not None and len(event.logprobs) == len(event.token_ids) for event in events)
+        assert all(
+            event.logprobs is not None and len(event.logprobs) == len(event.token_ids) for event in events
+        )
 
 
 def test_a_chat_is_answered(make_async: MakeAsync) -> None:
@@ -89,7 +93,9 @@ def test_a_chat_is_answered(make_async: MakeAsync) -> None:
     assert asyncio.run(main()).prompt == engine.render_chat(messages)
 
 
-def test_a_slow_reader_gets_merged_events_and_the_end(make_async: MakeAsync, expected: dict[str, str]) -> None:
+def test_a_slow_reader_gets_merged_events_and_the_end(
+    make_async: MakeAsync, expected: dict[str, str]
+) -> None:
     engine = make_async()
 
     async def main() -> list[TokenEvent]:
@@ -274,7 +280,9 @@ def test_a_refused_id_leaves_its_owner_alone(make_async: MakeAsync) -> None:
     asyncio.run(main())
 
 
-def test_two_event_loops_in_two_threads_share_an_engine(make_async: MakeAsync, expected: dict[str, str]) -> None:
+def test_two_event_loops_in_two_threads_share_an_engine(
+    make_async: MakeAsync, expected: dict[str, str]
+) -> None:
     engine = make_async()
     found: dict[int, list[str]] = {}
 
@@ -382,7 +390,9 @@ def test_a_storm_of_readers_and_aborts_ends_every_choice_once(make_async: MakeAs
     engine = make_async(num_kv_blocks=40, block_size=4, max_num_seqs=16)
 
     async def one(index: int) -> int:
-        params = SamplingParams(n=1 + index % 3, temperature=1.0, max_tokens=5 + index % 30, seed=index, stop=["e", "th"])
+        params = SamplingParams(
+            n=1 + index % 3, temperature=1.0, max_tokens=5 + index % 30, seed=index, stop=["e", "th"]
+        )
         handle = engine.generate([5 + index % 300] * (1 + index % 20), params)
         if index % 7 == 0:
             await asyncio.sleep(0.001 * (index % 11))
@@ -531,7 +541,9 @@ def test_two_async_engines_run_side_by_side(make_async: MakeAsync, tiny: Path, t
 
     async def main() -> dict[Path, list[list[int]]]:
         pairs = list(itertools.product(engines, PROMPTS))
-        outputs = await asyncio.gather(*(engines[folder].generate(prompt, GREEDY) for folder, prompt in pairs))
+        outputs = await asyncio.gather(
+            *(engines[folder].generate(prompt, GREEDY) for folder, prompt in pairs)
+        )
         found: dict[Path, list[list[int]]] = {}
         for (folder, _), output in zip(pairs, outputs, strict=True):
             found.setdefault(folder, []).append(output.outputs[0].token_ids)

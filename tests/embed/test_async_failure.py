@@ -19,7 +19,9 @@ GREEDY = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
 MakeAsync = Callable[..., AsyncEngine]
 
 
-def fail_step(engine: AsyncEngine, error: BaseException, count: int, armed: threading.Event | None = None) -> None:
+def fail_step(
+    engine: AsyncEngine, error: BaseException, count: int, armed: threading.Event | None = None
+) -> None:
     """The executor raises at its ``count``-th step, or later when it is ``armed``."""
     executor = engine._worker.core._executor
     assert executor is not None
@@ -66,9 +68,7 @@ def test_a_failed_step_reaches_every_handle(
     assert not thread.is_alive()
 
 
-def test_whatever_ends_the_thread_ends_its_requests(
-    tiny: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_whatever_ends_the_thread_ends_its_requests(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = AsyncEngine(tiny)
     monkeypatch.setattr(threading, "excepthook", lambda args: None)
     fail_step(engine, SystemExit(3), 3)
@@ -172,13 +172,17 @@ def test_a_broken_plugin_is_listed_and_the_engine_starts(make_async: MakeAsync) 
     assert asyncio.run(main()).outputs[0].finish_reason == "length"
 
 
-def test_one_request_in_error_leaves_the_others(make_async: MakeAsync, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_request_in_error_leaves_the_others(
+    make_async: MakeAsync, monkeypatch: pytest.MonkeyPatch
+) -> None:
     engine = make_async()
 
     async def main() -> None:
         broken, fine = (engine.generate("The block", GREEDY) for _ in range(2))
         detokenizer = broken._state.choices[0]._detokenizer
-        monkeypatch.setattr(type(detokenizer), "push", lambda self, ids: 1 // 0 if self is detokenizer else "x")
+        monkeypatch.setattr(
+            type(detokenizer), "push", lambda self, ids: 1 // 0 if self is detokenizer else "x"
+        )
         with pytest.raises(RequestError, match="ZeroDivisionError"):
             await broken
         assert (await fine).outputs[0].finish_reason == "length"

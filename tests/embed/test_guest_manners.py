@@ -54,7 +54,7 @@ def assert_as_before(before):
         assert after[name] == value, (name, value, after[name])
 '''
 
-ENGINES = '''
+ENGINES = """
 from kvpage import Engine, AsyncEngine, SamplingParams
 params = SamplingParams(max_tokens=12, n=2, seed=1, logprobs=1, stop="zzz")
 
@@ -70,11 +70,11 @@ async def use_async():
         await asyncio.gather(*(engine.generate("x", params) for _ in range(4)))
         async for _ in engine.generate("x", params):
             break
-'''
+"""
 
 
 def test_a_process_is_as_before_after_create_use_and_close(run_program: RunProgram) -> None:
-    body = '''
+    body = """
 import logging.config
 logging.getLogger().setLevel(logging.ERROR)
 random.seed(5), numpy.random.seed(6), torch.manual_seed(7)
@@ -85,12 +85,12 @@ assert_as_before(before)
 asyncio.run(use_async())
 assert_as_before(before)
 print("same")
-'''
+"""
     assert run_program(PORTRAIT + ENGINES + body) == "same\n"
 
 
 def test_even_the_first_engine_changes_nothing(run_program: RunProgram) -> None:
-    body = '''
+    body = """
 torch.zeros(200, 200) @ torch.zeros(200, 200)  # OpenMP's threads are torch's
 before = portrait()
 use_engine()
@@ -99,7 +99,7 @@ after = portrait()
 for name, value in before.items():
     assert after[name] == value, (name, value, after[name])
 print("same")
-'''
+"""
     assert run_program(PORTRAIT + ENGINES + body) == "same\n"
 
 
@@ -130,17 +130,17 @@ print("alone")
 
 
 def test_nothing_heavy_comes_along(run_program: RunProgram) -> None:
-    body = '''
+    body = """
 use_engine()
 asyncio.run(use_async())
 print([name for name in ("transformers", "rich", "huggingface_hub", "fastapi", "triton")
        if name in sys.modules])
-'''
+"""
     assert run_program(PORTRAIT + ENGINES + body) == "[]\n"
 
 
 def test_the_hosts_defaults_do_not_reach_the_engine(run_program: RunProgram) -> None:
-    body = '''
+    body = """
 def tokens():
     with Engine(r"{model}") as engine:
         return [c.token_ids for c in engine.generate("The block", params)[0].outputs]
@@ -155,12 +155,12 @@ with torch.inference_mode():
     engine = Engine(r"{model}")
 assert [c.token_ids for c in engine.generate("The block", params)[0].outputs] == expected
 print("same")
-'''
+"""
     assert run_program(PORTRAIT + ENGINES + body) == "same\n"
 
 
 def test_a_hosts_model_is_not_touched(run_program: RunProgram) -> None:
-    body = '''
+    body = """
 from transformers import LlamaForCausalLM
 model = LlamaForCausalLM.from_pretrained(r"{model}").train()
 names = {name: (p.data_ptr(), p.requires_grad, p.dtype, p.sum().item()) for name, p in model.named_parameters()}
@@ -170,7 +170,7 @@ assert names == {name: (p.data_ptr(), p.requires_grad, p.dtype, p.sum().item()) 
 assert model.training
 model(torch.tensor([[5, 6]])).logits.sum().backward()
 print("same")
-'''
+"""
     assert run_program(PORTRAIT + ENGINES + body) == "same\n"
 
 
@@ -232,7 +232,7 @@ else:
 
 
 def test_a_forked_child_is_told_and_ends(run_program: RunProgram) -> None:
-    source = '''
+    source = """
 import os, sys, warnings
 warnings.simplefilter("ignore")
 from kvpage import AsyncEngine, EngineDeadError, SamplingParams
@@ -249,7 +249,7 @@ _, status = os.waitpid(child, 0)
 assert status == 0, status
 engine.check_health()
 print("parent")
-'''
+"""
     assert run_program(source, timeout=30) == "parent\n"
 
 

@@ -64,7 +64,7 @@ def died():
     return peak
 '''
 
-SIX_ENGINES = '''
+SIX_ENGINES = """
 # What torch and the C library set up at first use is theirs: glibc reserves 64 MiB of addresses for the first
 # thread that allocates, and gives them to the next one.
 synchronous()
@@ -78,9 +78,9 @@ for use in (synchronous, synchronous, asynchronous, unclosed, asynchronous, died
         assert taken > 90, (use.__name__, name, taken)
         assert kept < 32, (use.__name__, name, kept)
 print("returned")
-'''
+"""
 
-FAILED_START = '''
+FAILED_START = """
 synchronous()
 before = sizes()
 for wrong in ({"attention_backend": "nope"}, {"tokenizer": str(folder / "nowhere")}, {"chat_template": "{% if %}"},
@@ -97,7 +97,7 @@ after = sizes()
 for name in before:
     assert (after[name] - before[name]) / MIB < 32, (name, before, after)
 print("returned")
-'''
+"""
 
 
 def test_six_engines_whose_caches_were_filled_give_everything_back(
@@ -106,5 +106,7 @@ def test_six_engines_whose_caches_were_filled_give_everything_back(
     assert run_program(PROGRAM + SIX_ENGINES, f"{tmp_path}/big") == "returned\n"
 
 
-def test_an_engine_that_could_not_start_keeps_nothing(run_program: Callable[..., str], tmp_path: object) -> None:
+def test_an_engine_that_could_not_start_keeps_nothing(
+    run_program: Callable[..., str], tmp_path: object
+) -> None:
     assert run_program(PROGRAM + FAILED_START, f"{tmp_path}/big") == "returned\n"

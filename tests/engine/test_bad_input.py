@@ -113,7 +113,12 @@ BAD_REQUESTS: dict[str, tuple[Any, dict[str, Any], str, str]] = {
     "no tokens": ([[]], {}, "prompt", "empty"),
     "too long": (list(range(5, 205)) * 3, {}, "prompt", "maximum context length is 512"),
     "just too long": ([7] * 512, {}, "prompt", "at most 511"),
-    "id beyond the vocabulary": ([5, VOCABULARY], {}, "prompt", "380 is out of vocabulary: the model has 380"),
+    "id beyond the vocabulary": (
+        [5, VOCABULARY],
+        {},
+        "prompt",
+        "380 is out of vocabulary: the model has 380",
+    ),
     "negative id": ([5, -1], {}, "prompt", "-1 is out of vocabulary"),
     "huge id": ([2**70], {}, "prompt", "out of vocabulary"),
     "bytes": (b"text", {}, "prompt", "b'text'"),
@@ -125,13 +130,23 @@ BAD_REQUESTS: dict[str, tuple[Any, dict[str, Any], str, str]] = {
     "an empty mapping": ({}, {}, "prompt", "prompt_token_ids"),
     "an unknown key": ({"prompt": "x", "images": []}, {}, "prompt", "images"),
     "a lone surrogate": ("\ud800", {}, "prompt", "surrogate"),
-    "salt of a wrong type": ({"prompt": "x", "cache_salt": 5}, {}, "cache_salt", "cache_salt must be str, got int"),
+    "salt of a wrong type": (
+        {"prompt": "x", "cache_salt": 5},
+        {},
+        "cache_salt",
+        "cache_salt must be str, got int",
+    ),
     "stop token beyond": ("x", {"stop_token_ids": [380]}, "stop_token_ids", "380"),
     "bias beyond": ("x", {"logit_bias": {999: 1.0}}, "logit_bias", "999"),
     "allowed beyond": ("x", {"allowed_token_ids": [5, 999]}, "allowed_token_ids", "999"),
     "logprobs beyond": ("x", {"logprobs": 21}, "logprobs", "max_logprobs=20"),
     "prompt logprobs beyond": ("x", {"prompt_logprobs": 21}, "prompt_logprobs", "max_logprobs=20"),
-    "unknown processor": ("x", {"logits_processors": ["nope"]}, "logits_processors", "'nope' is not registered"),
+    "unknown processor": (
+        "x",
+        {"logits_processors": ["nope"]},
+        "logits_processors",
+        "'nope' is not registered",
+    ),
 }
 
 

@@ -18,8 +18,16 @@ PROMPT = list(range(20, 60))
 class Sabotage:
     """Raises ``error`` in the ``count``-th use of a method, before or after it did its work."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, error: BaseException, count: int = 1,
-                 *, after: bool = False) -> None:
+    def __init__(
+        self,
+        monkeypatch: pytest.MonkeyPatch,
+        owner: Any,
+        name: str,
+        error: BaseException,
+        count: int = 1,
+        *,
+        after: bool = False,
+    ) -> None:
         original, self.left = getattr(owner, name), count
 
         def replaced(*args: Any, **keywords: Any) -> Any:

@@ -39,7 +39,9 @@ def test_sampling_defaults_come_from_the_model(make_engine: MakeEngine, with_def
 def test_sampling_defaults_can_be_left_alone(make_engine: MakeEngine, with_defaults: Path) -> None:
     engine = make_engine(with_defaults, generation_config="none")
     params = SamplingParams(max_tokens=12, ignore_eos=True, seed=1)
-    first, second = engine.generate(["The", "The"], [params, params.clone(temperature=1.0, top_p=1.0, top_k=0)])
+    first, second = engine.generate(
+        ["The", "The"], [params, params.clone(temperature=1.0, top_p=1.0, top_k=0)]
+    )
     assert first.outputs[0].token_ids == second.outputs[0].token_ids
 
 
@@ -135,9 +137,17 @@ def test_a_salt_keeps_prefixes_apart(make_engine: MakeEngine) -> None:
 
     def cached(salt: str | None, *, in_mapping: bool = False) -> int:
         given: Any = {"prompt_token_ids": prompt, "cache_salt": salt} if in_mapping else prompt
-        return engine.submit(given, GREEDY, cache_salt=None if in_mapping else salt).result().num_cached_tokens
+        return (
+            engine.submit(given, GREEDY, cache_salt=None if in_mapping else salt).result().num_cached_tokens
+        )
 
-    assert [cached(None), cached("a"), cached("b"), cached("a"), cached("", in_mapping=True)] == [0, 0, 0, 28, 0]
+    assert [cached(None), cached("a"), cached("b"), cached("a"), cached("", in_mapping=True)] == [
+        0,
+        0,
+        0,
+        28,
+        0,
+    ]
     assert cached("b", in_mapping=True) == 28
 
 
@@ -195,7 +205,9 @@ def test_a_list_that_overfills_the_queue_leaves_nothing_behind(make_engine: Make
     assert engine.stats().waiting == engine.stats().running == 0
 
 
-def test_an_already_loaded_model_shares_its_weights(make_engine: MakeEngine, engine: Engine, tiny: Path, oracle: Any) -> None:
+def test_an_already_loaded_model_shares_its_weights(
+    make_engine: MakeEngine, engine: Engine, tiny: Path, oracle: Any
+) -> None:
     from_object = make_engine(oracle, tokenizer=tiny)
     prompts = ["The block", "Paged"]
     assert [o.outputs[0].token_ids for o in from_object.generate(prompts, GREEDY)] == [
@@ -223,14 +235,17 @@ def test_vllms_names_of_options_are_known(make_engine: MakeEngine) -> None:
     assert make_engine(kv_cache_memory_bytes=2**20).config.reasons["kv_memory"] == "kv_cache_memory given"
 
 
-def test_gpu_memory_utilization_on_a_cpu_is_a_note(make_engine: MakeEngine, caplog: pytest.LogCaptureFixture) -> None:
+def test_gpu_memory_utilization_on_a_cpu_is_a_note(
+    make_engine: MakeEngine, caplog: pytest.LogCaptureFixture
+) -> None:
     with caplog.at_level(logging.INFO, "kvpage"):
         make_engine(gpu_memory_utilization=0.9)
     assert "gpu_memory_utilization is not applicable on a CPU" in caplog.text
 
 
-def test_log_stats_write_a_line_only_when_asked(make_engine: MakeEngine, caplog: pytest.LogCaptureFixture,
-                                                monkeypatch: pytest.MonkeyPatch) -> None:
+def test_log_stats_write_a_line_only_when_asked(
+    make_engine: MakeEngine, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("kvpage.engine.stats.LOG_INTERVAL", 0.0)
     with caplog.at_level(logging.INFO, "kvpage.stats"):
         make_engine().generate("The", GREEDY)

@@ -224,7 +224,11 @@ def test_a_listener_hears_of_every_choice_that_ends_in_error(make_engine: MakeEn
     with pytest.raises(RequestError):
         engine.submit([9], params, request_id="r").result()
     ends = [event for event in Witness.heard if event[0] in ("finished", "completed")]
-    assert ends == [("finished", "r", 0, "error", 0), ("finished", "r", 1, "error", 0), ("completed", "r", False)]
+    assert ends == [
+        ("finished", "r", 0, "error", 0),
+        ("finished", "r", 1, "error", 0),
+        ("completed", "r", False),
+    ]
 
 
 def test_a_listener_that_raises_is_dropped_and_logged(

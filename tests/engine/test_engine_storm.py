@@ -59,7 +59,9 @@ def test_every_choice_of_a_storm_ends_once_and_no_block_is_lost(
 
     while len(handles) < 300 or engine.stats().running or engine.stats().waiting:
         for _ in range(rng.choice([0, 1, 4]) if len(handles) < 300 else 0):
-            prompt = shared[: rng.randrange(20)] + [rng.randrange(5, 380) for _ in range(rng.randrange(1, 20))]
+            prompt = shared[: rng.randrange(20)] + [
+                rng.randrange(5, 380) for _ in range(rng.randrange(1, 20))
+            ]
             handles.append(engine.submit(prompt, random_params(rng), priority=rng.randrange(3)))
         if rng.random() < 0.15:
             rng.choice(handles).cancel() if handles else None

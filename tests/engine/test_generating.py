@@ -65,7 +65,9 @@ def test_text_stays_empty_where_it_was_not_asked_for(engine: Engine) -> None:
     assert len(tokens_of(output)) == 12
 
 
-def test_tokens_that_the_tokenizer_does_not_know_have_no_text(make_engine: MakeEngine, tmp_path: Path) -> None:
+def test_tokens_that_the_tokenizer_does_not_know_have_no_text(
+    make_engine: MakeEngine, tmp_path: Path
+) -> None:
     folder = write_checkpoint(tmp_path / "padded", vocab_size=512)
     engine = make_engine(folder, max_logprobs=-1)
     params = GREEDY.clone(max_tokens=40, logprobs=-1, temperature=1.0, seed=2)
@@ -244,7 +246,9 @@ def test_the_block_map_shows_who_holds_what(make_engine: MakeEngine) -> None:
     handle.result()
 
 
-def test_a_progress_bar_leaves_the_streams_of_the_host_alone(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_progress_bar_leaves_the_streams_of_the_host_alone(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
     class Terminal(io.StringIO):
         def isatty(self) -> bool:
             return True

@@ -23,13 +23,17 @@ def choices(output: RequestOutput) -> list[list[int]]:
 def test_a_seed_repeats_whatever_runs_beside_it(engine: Engine) -> None:
     seeded = SAMPLED.clone(seed=7)
     (alone,) = engine.generate(PROMPT, seeded)
-    crowd = engine.generate(["Paged", PROMPT, "and", PROMPT], [SAMPLED, seeded, SAMPLED, SAMPLED.clone(seed=8)])
+    crowd = engine.generate(
+        ["Paged", PROMPT, "and", PROMPT], [SAMPLED, seeded, SAMPLED, SAMPLED.clone(seed=8)]
+    )
     assert choices(crowd[1]) == choices(alone)
     assert choices(crowd[3]) != choices(alone)
 
 
 def test_an_engine_seed_repeats_requests_in_their_order(make_engine: MakeEngine) -> None:
-    first, second = ([choices(o) for o in make_engine(seed=3).generate([PROMPT] * 3, SAMPLED)] for _ in range(2))
+    first, second = (
+        [choices(o) for o in make_engine(seed=3).generate([PROMPT] * 3, SAMPLED)] for _ in range(2)
+    )
     other = [choices(o) for o in make_engine(seed=4).generate([PROMPT] * 3, SAMPLED)]
     assert first == second != other
     assert len({str(tokens) for tokens in first}) == 3, "each request has noise of its own"
@@ -53,7 +57,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 def test_seeded_choices_are_the_same_in_every_setting(make_engine: MakeEngine) -> None:
     params = SAMPLED.clone(n=6, seed=11, max_tokens=24)
-    found = {name: make_engine(**options).generate([LONG, LONG[:50]], params) for name, options in SETTINGS.items()}
+    found = {
+        name: make_engine(**options).generate([LONG, LONG[:50]], params) for name, options in SETTINGS.items()
+    }
     expected = [choices(output) for output in found["alone"]]
     assert len({tuple(tokens) for tokens in expected[0]}) == 6
     for name, outputs in found.items():
@@ -115,7 +121,9 @@ def test_bad_words_and_allowed_tokens_are_heeded(engine: Engine, oracle: Any) ->
     (narrow,) = engine.generate(PROMPT, GREEDY.clone(allowed_token_ids=allowed))
     assert set(narrow.outputs[0].token_ids) <= set(allowed)
     ids = list(plain.prompt_token_ids)
-    banned = oracle_tokens(oracle, ids, suppress_tokens=[t for t in range(oracle.config.vocab_size) if t not in allowed])
+    banned = oracle_tokens(
+        oracle, ids, suppress_tokens=[t for t in range(oracle.config.vocab_size) if t not in allowed]
+    )
     assert narrow.outputs[0].token_ids == banned[:16]
 
 
@@ -171,7 +179,9 @@ def test_logprobs_travel_with_their_tokens_in_a_stream(engine: Engine) -> None:
 
 
 @pytest.mark.parametrize("options", [{}, {"max_num_batched_tokens": 7}], ids=["at once", "in chunks"])
-def test_prompt_logprobs_are_those_of_the_model(make_engine: MakeEngine, oracle: Any, options: dict[str, Any]) -> None:
+def test_prompt_logprobs_are_those_of_the_model(
+    make_engine: MakeEngine, oracle: Any, options: dict[str, Any]
+) -> None:
     engine = make_engine(**options)
     prompt = LONG[:40]
     for _ in range(2):  # the second time the prefix cache could serve it

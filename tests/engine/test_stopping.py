@@ -48,7 +48,9 @@ def test_without_max_tokens_the_pool_is_filled(make_engine: MakeEngine) -> None:
     assert len(output.prompt_token_ids) + len(output.outputs[0].token_ids) == 21
 
 
-def test_a_stop_token_ends_with_its_id_and_stays_out_of_the_text(engine: Engine, plain: CompletionOutput) -> None:
+def test_a_stop_token_ends_with_its_id_and_stays_out_of_the_text(
+    engine: Engine, plain: CompletionOutput
+) -> None:
     index = first_use(plain.token_ids, 5)
     token = plain.token_ids[index]
     output = run(engine, GREEDY.clone(stop_token_ids=[token]))
@@ -58,13 +60,17 @@ def test_a_stop_token_ends_with_its_id_and_stays_out_of_the_text(engine: Engine,
     assert output.text == shorter.text
 
 
-def test_a_stop_token_is_shown_where_stops_are_to_be_included(engine: Engine, plain: CompletionOutput) -> None:
+def test_a_stop_token_is_shown_where_stops_are_to_be_included(
+    engine: Engine, plain: CompletionOutput
+) -> None:
     index = first_use(plain.token_ids, 5)
     params = GREEDY.clone(stop_token_ids=[plain.token_ids[index]], include_stop_str_in_output=True)
     assert run(engine, params).text == run(engine, GREEDY.clone(max_tokens=index + 1)).text
 
 
-def test_a_stop_token_goes_before_a_stop_string_that_it_completes(engine: Engine, plain: CompletionOutput) -> None:
+def test_a_stop_token_goes_before_a_stop_string_that_it_completes(
+    engine: Engine, plain: CompletionOutput
+) -> None:
     assert engine.tokenizer is not None
     index = next(
         i for i in range(4, 30)

@@ -116,8 +116,10 @@ class AsyncHandle:
         loop = asyncio.get_running_loop()
         if self.loop is not loop:
             if self.loop is not None and not self.loop.is_closed():
-                raise RuntimeError("this handle is read in another event loop, which first awaited or iterated it: "
-                                   "read it there")
+                raise RuntimeError(
+                    "this handle is read in another event loop, which first awaited or iterated it: "
+                    "read it there"
+                )
             self.unbind()
             self.loop = loop
             self._worker.watch(self._state, self)
@@ -202,7 +204,12 @@ class AsyncEngine:
         """``generate`` for a conversation, written out by the model's chat template."""
         return self._submit(
             self._inputs.chat_request(
-                messages, params, request_id=request_id, priority=priority, cache_salt=cache_salt, **template_options
+                messages,
+                params,
+                request_id=request_id,
+                priority=priority,
+                cache_salt=cache_salt,
+                **template_options,
             )
         )
 

@@ -83,7 +83,9 @@ def build_engine(options: EngineOptions, plugins: PluginRegistry | None) -> Engi
     spec = definition.spec
     device = find_device(options.device)
     dtype = resolve_dtype(options, source.config.dtype or "float32")
-    choice = registry.select_attention_backend(attention_need(options, spec, device, dtype), options.attention_backend)
+    choice = registry.select_attention_backend(
+        attention_need(options, spec, device, dtype), options.attention_backend
+    )
     arena = Arena()
     try:
         view = _view(options, source, definition)
@@ -125,8 +127,10 @@ def build_engine(options: EngineOptions, plugins: PluginRegistry | None) -> Engi
     except BaseException as error:
         arena.close()
         if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
-            raise ConfigError(f"the engine does not fit into memory ({error}): lower kv_cache_memory or "
-                              "num_kv_blocks, max_num_seqs or max_model_len") from error
+            raise ConfigError(
+                f"the engine does not fit into memory ({error}): lower kv_cache_memory or "
+                "num_kv_blocks, max_num_seqs or max_model_len"
+            ) from error
         raise
     limits = InputLimits(
         vocab_size=spec.vocab_size,
@@ -145,7 +149,9 @@ def find_model(options: EngineOptions) -> Source:
     model = options.model
     if not isinstance(model, (str, os.PathLike)):
         if not hasattr(model, "state_dict") or not hasattr(model, "config"):
-            raise ConfigError(f"model must be a folder, a hub id, 'demo' or a transformers model, got {model!r:.80}")
+            raise ConfigError(
+                f"model must be a folder, a hub id, 'demo' or a transformers model, got {model!r:.80}"
+            )
         return Source(None, model, living_config(model))
     if model == BUNDLED_MODEL:
         from kvpage import demo  # package data, needed by those who ask for it
@@ -171,10 +177,14 @@ def define(options: EngineOptions, source: Source, registry: PluginRegistry) -> 
     config = source.config
     if config.quantization is not None:
         method = config.quantization.get("quant_method", "unknown")
-        raise CheckpointError(f"{config.source} is quantized ({method}) and no loader for that is installed: "
-                              "use the unquantized checkpoint")
+        raise CheckpointError(
+            f"{config.source} is quantized ({method}) and no loader for that is installed: "
+            "use the unquantized checkpoint"
+        )
     if options.quantization is not None:
-        raise ConfigError(f"quantization={options.quantization!r}: no quantization scheme is installed; leave it out")
+        raise ConfigError(
+            f"quantization={options.quantization!r}: no quantization scheme is installed; leave it out"
+        )
     record = registry.model_for(config.architectures)
     translate = load(record)
     context = cast(ModelDefinition, translate(config, max_model_len=None)).spec.max_position
@@ -192,7 +202,9 @@ def find_device(name: str) -> str:
         return "cpu"
     if name == "cpu":
         return name
-    raise ConfigError(f"device={name!r}: only 'cpu' (or 'auto') has a backend so far; GPU backends have not landed")
+    raise ConfigError(
+        f"device={name!r}: only 'cpu' (or 'auto') has a backend so far; GPU backends have not landed"
+    )
 
 
 def attention_need(options: EngineOptions, spec: DecoderSpec, device: str, dtype: str) -> AttentionNeed:
@@ -217,7 +229,8 @@ def attention_need(options: EngineOptions, spec: DecoderSpec, device: str, dtype
 def group_facts(spec: DecoderSpec) -> list[GroupFacts]:
     """The spec's KV groups, as far as memory goes."""
     return [
-        GroupFacts(elements_per_token=group.bytes_per_token(1), window=group.window) for group in spec.kv_groups
+        GroupFacts(elements_per_token=group.bytes_per_token(1), window=group.window)
+        for group in spec.kv_groups
     ]
 
 
@@ -225,7 +238,9 @@ def machine_facts(device: str) -> MachineFacts:
     """Memory of the machine, as it is now."""
     page = os.sysconf("SC_PAGE_SIZE")
     total = os.sysconf("SC_PHYS_PAGES") * page
-    return MachineFacts(device=device, available=_available_memory(os.sysconf("SC_AVPHYS_PAGES") * page), total=total)
+    return MachineFacts(
+        device=device, available=_available_memory(os.sysconf("SC_AVPHYS_PAGES") * page), total=total
+    )
 
 
 def _available_memory(free: int) -> int:
@@ -321,8 +336,10 @@ def _make_listener(record: Record) -> EventListener:
     except PluginError:
         raise
     except Exception as error:  # a plugin's constructor may raise anything
-        raise PluginError(f"event listener {record.name!r} cannot be made ({type(error).__name__}: {error}): "
-                          "leave its plugin out or repair it") from error
+        raise PluginError(
+            f"event listener {record.name!r} cannot be made ({type(error).__name__}: {error}): "
+            "leave its plugin out or repair it"
+        ) from error
 
 
 def _tokenizer(options: EngineOptions, source: Source) -> Tokenizer | None:

@@ -234,7 +234,8 @@ class EngineCore:
         """One request cannot go on; its blocks are freed, the others do not notice."""
         self.scheduler.abort(state.request)
         self._end_in_error(
-            state, error if isinstance(error, KvpageError) else RequestError(f"{type(error).__name__}: {error}")
+            state,
+            error if isinstance(error, KvpageError) else RequestError(f"{type(error).__name__}: {error}"),
         )
 
     def _end_in_error(self, state: RequestState, error: KvpageError) -> None:
@@ -259,7 +260,9 @@ class EngineCore:
         if phase == "executing" and plan is not None:
             self.scheduler.fail(plan)  # nothing was taken in: the next step computes it again
         elif phase == "delivering":
-            error = RequestError("the request was interrupted while its tokens were delivered: submit it again")
+            error = RequestError(
+                "the request was interrupted while its tokens were delivered: submit it again"
+            )
             for state in list(self.states.values()):
                 self._fail(state, error)
         else:

@@ -138,7 +138,9 @@ class Engine:
         conversations: Sequence[Any] = messages if several else [messages]
         each = _one_each("params", params, len(conversations))
         make = self._parts.inputs.chat_request
-        return self._run([make(m, p, **template_options) for m, p in zip(conversations, each, strict=True)], progress)
+        return self._run(
+            [make(m, p, **template_options) for m, p in zip(conversations, each, strict=True)], progress
+        )
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[TokenEvent]:
         """Complete one prompt, yielding TokenEvents as tokens arrive; leaving the loop cancels the request."""
@@ -148,7 +150,9 @@ class Engine:
         self, messages: Sequence[Message], params: SamplingParams | None = None, **template_options: Any
     ) -> Iterator[TokenEvent]:
         """``stream`` for a conversation."""
-        return self._stream(self._submit(self._parts.inputs.chat_request(messages, params, **template_options)))
+        return self._stream(
+            self._submit(self._parts.inputs.chat_request(messages, params, **template_options))
+        )
 
     def submit(
         self,
@@ -275,8 +279,9 @@ def _as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     if isinstance(prompts, (str, Mapping)):
         return [prompts]
     if not isinstance(prompts, Sequence):
-        raise RequestError(f"prompts must be text, token ids or a list of them, got {type(prompts).__name__}",
-                           param="prompt")
+        raise RequestError(
+            f"prompts must be text, token ids or a list of them, got {type(prompts).__name__}", param="prompt"
+        )
     if prompts and all(isinstance(item, int) for item in prompts):
         return [prompts]  # type: ignore[list-item]  # one prompt of token ids
     return list(prompts)  # type: ignore[arg-type]
@@ -286,6 +291,7 @@ def _one_each(name: str, value: Any, count: int) -> list[Any]:
     if value is None or not isinstance(value, Sequence):
         return [value] * count
     if len(value) != count:
-        raise RequestError(f"{name} has {len(value)} entries for {count} prompts: give one for all, or one each",
-                           param=name)
+        raise RequestError(
+            f"{name} has {len(value)} entries for {count} prompts: give one for all, or one each", param=name
+        )
     return list(value)

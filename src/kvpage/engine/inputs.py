@@ -50,8 +50,10 @@ class ChatTemplates:
         """
         template = (self.with_tools if template_options.get("tools") else None) or self.plain
         if template is None:
-            raise RequestError("this model has no chat template: give one with chat_template=..., or use generate()",
-                               param="messages")
+            raise RequestError(
+                "this model has no chat template: give one with chat_template=..., or use generate()",
+                param="messages",
+            )
         return template.render(messages, **template_options)
 
 
@@ -93,7 +95,9 @@ class InputProcessor:
             RequestError: prompt or parameters cannot be served; names the field.
         """
         text, token_ids, salt = self._tokenise(prompt)
-        return self._state(text, token_ids, params, request_id, priority, salt if cache_salt is None else cache_salt)
+        return self._state(
+            text, token_ids, params, request_id, priority, salt if cache_salt is None else cache_salt
+        )
 
     def chat(self, messages: Sequence[Message], **template_options: Any) -> tuple[str, list[int]]:
         """(text, token ids) of a conversation, by the model's chat template."""
@@ -144,8 +148,11 @@ class InputProcessor:
         if isinstance(prompt, Mapping):
             unknown = sorted(set(prompt) - PROMPT_KEYS)
             if unknown or not ({"prompt", "prompt_token_ids"} & set(prompt)):
-                raise RequestError(f"a prompt mapping needs 'prompt' or 'prompt_token_ids' (and may have "
-                                   f"'cache_salt'), got the keys {sorted(prompt)}", param="prompt")
+                raise RequestError(
+                    f"a prompt mapping needs 'prompt' or 'prompt_token_ids' (and may have "
+                    f"'cache_salt'), got the keys {sorted(prompt)}",
+                    param="prompt",
+                )
             salt = prompt.get("cache_salt")
             text, ids = prompt.get("prompt"), prompt.get("prompt_token_ids")
         elif isinstance(prompt, str):
@@ -154,12 +161,22 @@ class InputProcessor:
             text, ids = None, prompt
         if ids is None:
             if not isinstance(text, str):
-                raise RequestError(f"a prompt must be text or token ids, got {type(prompt).__name__}", param="prompt")
+                raise RequestError(
+                    f"a prompt must be text or token ids, got {type(prompt).__name__}", param="prompt"
+                )
             if not text:
-                raise RequestError("the prompt is empty: give at least one character or token", param="prompt")
+                raise RequestError(
+                    "the prompt is empty: give at least one character or token", param="prompt"
+                )
             return text, self._need_tokenizer().encode(text), salt
-        if not isinstance(ids, Sequence) or isinstance(ids, (str, bytes, bytearray)) or any(type(i) is not int for i in ids):
-            raise RequestError(f"a prompt must be text or a list of integers, got {ids!r:.80}", param="prompt")
+        if (
+            not isinstance(ids, Sequence)
+            or isinstance(ids, (str, bytes, bytearray))
+            or any(type(i) is not int for i in ids)
+        ):
+            raise RequestError(
+                f"a prompt must be text or a list of integers, got {ids!r:.80}", param="prompt"
+            )
         return text, list(ids), salt
 
     def _check(self, token_ids: Sequence[int], params: SamplingParams) -> None:
@@ -169,29 +186,41 @@ class InputProcessor:
         low, high = min(token_ids), max(token_ids)
         if low < 0 or high >= limits.vocab_size:
             wrong = low if low < 0 else high
-            raise RequestError(f"token id {wrong} is out of vocabulary: the model has {limits.vocab_size} tokens "
-                               f"(0 .. {limits.vocab_size - 1})", param="prompt")
+            raise RequestError(
+                f"token id {wrong} is out of vocabulary: the model has {limits.vocab_size} tokens "
+                f"(0 .. {limits.vocab_size - 1})",
+                param="prompt",
+            )
         named = {"logit_bias": params.logit_bias or (), "allowed_token_ids": params.allowed_token_ids or (),
                  "stop_token_ids": params.stop_token_ids}  # fmt: skip
         for name, ids in named.items():
             for token in ids:
                 if token >= limits.vocab_size:
-                    raise RequestError(f"{name} holds token id {token}, which is out of vocabulary: the model has "
-                                       f"{limits.vocab_size} tokens (0 .. {limits.vocab_size - 1})", param=name)
+                    raise RequestError(
+                        f"{name} holds token id {token}, which is out of vocabulary: the model has "
+                        f"{limits.vocab_size} tokens (0 .. {limits.vocab_size - 1})",
+                        param=name,
+                    )
         for name in ("logprobs", "prompt_logprobs"):
             asked = getattr(params, name)
             if asked is not None and limits.max_logprobs != -1 and not 0 <= asked <= limits.max_logprobs:
                 what = "all" if asked == -1 else str(asked)
-                raise RequestError(f"{name} asks for {what}, more than max_logprobs={limits.max_logprobs}: ask for "
-                                   "fewer, or make the engine with a higher max_logprobs (-1 = no limit)", param=name)
+                raise RequestError(
+                    f"{name} asks for {what}, more than max_logprobs={limits.max_logprobs}: ask for "
+                    "fewer, or make the engine with a higher max_logprobs (-1 = no limit)",
+                    param=name,
+                )
         for name in params.logits_processors:
             if name not in limits.processors:
                 known = ", ".join(sorted(limits.processors)) or "none"
-                raise RequestError(f"logits processor {name!r} is not registered; known: {known}",
-                                   param="logits_processors")
+                raise RequestError(
+                    f"logits processor {name!r} is not registered; known: {known}", param="logits_processors"
+                )
         for name, instead in (("stop", "stop_token_ids"), ("bad_words", "logit_bias")):
             if getattr(params, name) and self.tokenizer is None:
-                raise RequestError(f"{name} needs a tokenizer, and this engine has none: use {instead}", param=name)
+                raise RequestError(
+                    f"{name} needs a tokenizer, and this engine has none: use {instead}", param=name
+                )
 
     def _bad_words(self, params: SamplingParams) -> list[list[int]]:
         """Each bad word as it is written at the start of a text and after a space."""
@@ -214,8 +243,9 @@ class InputProcessor:
 
     def _need_tokenizer(self) -> Tokenizer:
         if self.tokenizer is None:
-            raise RequestError("this engine has no tokenizer: give token ids, {'prompt_token_ids': [...]}",
-                               param="prompt")
+            raise RequestError(
+                "this engine has no tokenizer: give token ids, {'prompt_token_ids': [...]}", param="prompt"
+            )
         return self.tokenizer
 
 

@@ -25,7 +25,16 @@ class Choice:
     last, so a reader that sees a token sees its logprobs, and one that sees the end sees everything.
     """
 
-    __slots__ = ("_detokenizer", "_min_tokens", "_sent_text", "_sent_tokens", "_shows_stop", "_stops", "_told", "output")
+    __slots__ = (
+        "_detokenizer",
+        "_min_tokens",
+        "_sent_text",
+        "_sent_tokens",
+        "_shows_stop",
+        "_stops",
+        "_told",
+        "output",
+    )
 
     def __init__(self, index: int, request: Request, tokenizer: Tokenizer | None) -> None:
         params = request.params
@@ -44,7 +53,9 @@ class Choice:
                 spaces_between_special_tokens=params.spaces_between_special_tokens,
             )
             if params.stop:
-                self._stops = StopStrings(params.stop_strings, include_in_output=params.include_stop_str_in_output)
+                self._stops = StopStrings(
+                    params.stop_strings, include_in_output=params.include_stop_str_in_output
+                )
         self._sent_tokens = 0
         self._sent_text = 0
         self._told = False
@@ -108,7 +119,9 @@ class RequestState:
 
     __slots__ = ("_unfinished", "choices", "error", "first_token", "last_token", "output", "request")
 
-    def __init__(self, request: Request, prompt: str | None, tokenizer: Tokenizer | None, arrival_time: float) -> None:
+    def __init__(
+        self, request: Request, prompt: str | None, tokenizer: Tokenizer | None, arrival_time: float
+    ) -> None:
         self.request = request
         self.choices = [Choice(index, request, tokenizer) for index in range(request.params.n)]
         self.output = RequestOutput(
@@ -173,4 +186,6 @@ def with_texts(logprobs: PositionLogprobs, tokenizer: Tokenizer | None) -> Posit
     """The same mapping with each token's text filled in."""
     if tokenizer is None:
         return logprobs
-    return {token: replace(value, decoded_token=tokenizer.token_text(token)) for token, value in logprobs.items()}
+    return {
+        token: replace(value, decoded_token=tokenizer.token_text(token)) for token, value in logprobs.items()
+    }

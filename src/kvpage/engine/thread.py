@@ -120,8 +120,10 @@ class CoreThread:
 
     def _post(self, command: Callable[[], None]) -> None:
         if os.getpid() != self._process:
-            raise EngineDeadError(f"the engine lives in process {self._process} and cannot be used in a fork of it: "
-                                  "make one there")
+            raise EngineDeadError(
+                f"the engine lives in process {self._process} and cannot be used in a fork of it: "
+                "make one there"
+            )
         with self._condition:
             if self._stopping:
                 raise EngineDeadError("the engine is closed; make a new one")
