@@ -34,7 +34,9 @@ from kvpage.engine.executor import LocalExecutor
 from kvpage.engine.inputs import ChatTemplates, InputLimits, InputProcessor
 from kvpage.engine.stats import Listeners, StatsLog
 from kvpage.errors import CheckpointError, ConfigError, PluginError, RequestError
+from kvpage.inspect.machine import available_memory, total_memory
 from kvpage.loading.hub import resolve as resolve_model
+from kvpage.loading.locate import find_folder
 from kvpage.loading.memory import Arena
 from kvpage.loading.readers import DummyView, ModuleView, open_checkpoint
 from kvpage.loading.weights import load_weights
@@ -53,7 +55,6 @@ from kvpage.text.chat import ChatTemplate
 from kvpage.text.tokenizer import Tokenizer, load_tokenizer, wrap_tokenizer
 
 LOG = logging.getLogger("kvpage")
-BUNDLED_MODEL = "demo"
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,14 +154,7 @@ def find_model(options: EngineOptions) -> Source:
                 f"model must be a folder, a hub id, 'demo' or a transformers model, got {model!r:.80}"
             )
         return Source(None, model, living_config(model))
-    if model == BUNDLED_MODEL:
-        from kvpage import demo  # package data, needed by those who ask for it
-
-        folder = demo.path()
-    else:
-        folder = resolve_model(
-            str(model), revision=options.revision, download_dir=options.download_dir, token=options.hf_token
-        )
+    folder = find_folder(options)
     return Source(folder, None, HFConfig.from_folder(folder))
 
 
@@ -236,21 +230,7 @@ def group_facts(spec: DecoderSpec) -> list[GroupFacts]:
 
 def machine_facts(device: str) -> MachineFacts:
     """Memory of the machine, as it is now."""
-    page = os.sysconf("SC_PAGE_SIZE")
-    total = os.sysconf("SC_PHYS_PAGES") * page
-    return MachineFacts(
-        device=device, available=_available_memory(os.sysconf("SC_AVPHYS_PAGES") * page), total=total
-    )
-
-
-def _available_memory(free: int) -> int:
-    """Bytes that can be had without swapping: MemAvailable where Linux tells it, else ``free``."""
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-    except OSError:
-        return free
-    found = [line.split()[1] for line in lines if line.startswith("MemAvailable:")]
-    return int(found[0]) * 1024 if found else free
+    return MachineFacts(device=device, available=available_memory(), total=total_memory())
 
 
 def _view(options: EngineOptions, source: Source, definition: ModelDefinition) -> CheckpointView:
