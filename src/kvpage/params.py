@@ -159,6 +159,15 @@ class SamplingParams:
                 "allowed_token_ids is empty, so no token could be chosen: give ids or leave it out",
                 param="allowed_token_ids",
             )
+        for name in self.logits_processors:
+            if not isinstance(name, str):
+                raise RequestError(
+                    f"logits_processors must hold names of registered processors, got {name!r}: register it through "
+                    "a plugin (hook kvpage_logits_processors)",
+                    param="logits_processors",
+                )
+        if not isinstance(self.extra_args, Mapping):
+            raise RequestError(f"extra_args must be a mapping, got {self.extra_args!r}", param="extra_args")
         if self.logit_bias is not None:
             if not isinstance(self.logit_bias, Mapping):
                 raise RequestError(
@@ -166,7 +175,11 @@ class SamplingParams:
                 )
             bias = {}
             for token, value in self.logit_bias.items():
-                _integer("logit_bias", token, 0, None)
+                if isinstance(token, bool) or not isinstance(token, int) or token < 0:
+                    raise RequestError(
+                        f"the keys of logit_bias must be token ids (integers from 0), got {token!r}",
+                        param="logit_bias",
+                    )
                 _number("logit_bias", value, None, None)
                 bias[token] = max(-100.0, min(100.0, float(value)))
             object.__setattr__(self, "logit_bias", bias)

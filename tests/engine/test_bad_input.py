@@ -65,6 +65,11 @@ def test_truncated_weights_are_named(folder: Path, kept: int) -> None:
     assert "model.safetensors" in refused(folder)
 
 
+def test_a_git_lfs_pointer_is_named_as_one(folder: Path) -> None:
+    (folder / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\n")
+    assert "git lfs pull" in refused(folder)
+
+
 def test_a_missing_tensor_is_named(folder: Path) -> None:
     change_weights(folder, model__norm__weight=None)
     assert "model.norm.weight" in refused(folder)
@@ -177,6 +182,8 @@ CONTRADICTIONS: dict[str, dict[str, Any]] = {
     "timeout": {"timeout": 0.0},
     "logit_bias": {"logit_bias": {1: float("nan")}},
     "bad_words": {"bad_words": [""]},
+    "extra_args": {"extra_args": 5},
+    "logits_processors": {"logits_processors": [print]},
 }
 
 
@@ -185,6 +192,19 @@ def test_contradictory_parameters_are_refused_when_made(param: str) -> None:
     with pytest.raises(RequestError) as caught:
         SamplingParams(**CONTRADICTIONS[param])
     assert caught.value.param == param
+
+
+def test_logit_bias_with_text_keys_says_what_keys_are() -> None:
+    with pytest.raises(RequestError, match=r"keys of logit_bias must be token ids .* got '5'"):
+        SamplingParams(logit_bias={"5": 1.0})  # type: ignore[dict-item]
+
+
+@pytest.mark.parametrize(
+    "prompt", [torch.tensor([5, 6]), torch.tensor([5, 6]).numpy()], ids=["torch", "numpy"]
+)
+def test_an_array_as_a_prompt_names_the_way_out(engine: Engine, prompt: Any) -> None:
+    with pytest.raises(RequestError, match="tolist"):
+        engine.submit(prompt, GREEDY)
 
 
 @pytest.mark.parametrize(

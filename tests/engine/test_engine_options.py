@@ -258,6 +258,10 @@ def test_log_stats_write_a_line_only_when_asked(
     ("options", "message"),
     [
         ({"max_num_seq": 4}, "did you mean 'max_num_seqs'"),
+        ({"enable_lora": True}, "LoRA has not landed yet"),
+        ({"speculative_config": {"method": "ngram"}}, "speculative decoding has not landed yet"),
+        ({"enable_prefix_caching": "no"}, "enable_prefix_caching must be True or False"),
+        ({"plugins": 5}, "plugins must be a PluginRegistry"),
         ({"max_model_len": 513}, "beyond the model's context of 512 tokens"),
         ({"max_model_len": 1}, "max_model_len must be at least 2"),
         ({"max_model_len": "4k"}, "max_model_len must be a positive integer, got '4k'"),

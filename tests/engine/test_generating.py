@@ -312,3 +312,27 @@ def test_an_engine_is_closed_by_its_with_statement(tiny: Path) -> None:
         engine.generate("The", GREEDY)
     with pytest.raises(EngineDeadError):
         engine.generate("The", GREEDY)
+
+
+def test_a_result_awaited_while_another_thread_closes_the_engine_is_an_abort(tiny: Path) -> None:
+    for _ in range(5):
+        engine = Engine(tiny)
+        handle = engine.submit("The", SamplingParams(max_tokens=None, ignore_eos=True))
+        closer = threading.Timer(0.02, engine.close)
+        closer.start()
+        reasons = [choice.finish_reason for choice in handle.result().outputs]
+        closer.join()
+        assert reasons[0] in {"abort", "length"}
+
+
+def test_vllm_options_for_what_is_missing_are_fine_where_they_ask_for_nothing(tiny: Path) -> None:
+    with Engine(tiny, pipeline_parallel_size=1, enable_lora=False, speculative_config=None) as engine:
+        assert len(engine.generate("The", GREEDY)) == 1
+
+
+def test_engines_and_handles_say_what_they_are(tiny: Path) -> None:
+    with Engine(tiny) as engine:
+        handle = engine.submit("The", GREEDY)
+        assert "open" in repr(engine)
+        assert handle.request_id in repr(handle)
+    assert "closed" in repr(engine)

@@ -280,9 +280,9 @@ class AsyncEngine:
         return await asyncio.wrap_future(counting)
 
     def _submit(self, state: RequestState) -> AsyncHandle:
+        self.check_health()
         if self._draining:
             raise EngineDeadError("the engine is draining and takes no more requests")
-        self.check_health()
         handle = self._make_handle(state)
         self._worker.submit(state)
         return handle

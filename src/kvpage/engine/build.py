@@ -79,6 +79,10 @@ class Source:
 def build_engine(options: EngineOptions, plugins: PluginRegistry | None) -> EngineParts:
     """Everything an engine needs, or one of kvpage's errors and nothing left behind."""
     registry = PluginRegistry() if plugins is None else plugins
+    if not isinstance(registry, PluginRegistry):
+        raise ConfigError(
+            f"plugins must be a PluginRegistry, got {plugins!r:.80}: PluginRegistry(plugins=[...])"
+        )
     source = find_model(options)
     definition, context = define(options, source, registry)
     spec = definition.spec

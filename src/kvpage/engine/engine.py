@@ -60,10 +60,14 @@ class RequestHandle:
             KvpageError: what ended the request in error.
         """
         while not self.done:
-            self._engine.step()
+            self._engine._advance(self)
         if self._state.error is not None:
             raise self._state.error
         return self._state.output
+
+    def __repr__(self) -> str:
+        tokens = sum(len(choice.token_ids) for choice in self.output.outputs)
+        return f"<RequestHandle {self.request_id}: {'done' if self.done else 'open'}, {tokens} tokens>"
 
 
 class Engine:
@@ -221,6 +225,13 @@ class Engine:
         with self._lock:
             self._core.close()
 
+    def __repr__(self) -> str:
+        config = self._parts.config
+        state = "closed" if self._core.dead is not None else "open"
+        return (
+            f"<{type(self).__name__} {self.options.model!s:.60}: {state}, {config.dtype} on {config.device}>"
+        )
+
     def __enter__(self) -> Engine:
         return self
 
@@ -238,10 +249,16 @@ class Engine:
             self._core.submit(state)
         return RequestHandle(self, state)
 
+    def _advance(self, handle: RequestHandle) -> None:
+        """One step, unless another thread has meanwhile ended the request (or closed the engine)."""
+        with self._lock:
+            if not handle.done:
+                self.step()
+
     def _stream(self, handle: RequestHandle) -> Iterator[TokenEvent]:
         try:
             while not handle.done:
-                self.step()
+                self._advance(handle)
                 yield from handle.events()
             yield from handle.events()
             handle.result()
@@ -269,7 +286,7 @@ class Engine:
         waiting = [handle for handle in handles if not handle.done]
         with Progress(len(handles)) as bar:
             while waiting:
-                self.step()
+                self._advance(waiting[0])
                 waiting = [handle for handle in waiting if not handle.done]
                 tokens = sum(len(choice.token_ids) for handle in handles for choice in handle.output.outputs)
                 bar.update(len(handles) - len(waiting), tokens)

@@ -162,7 +162,9 @@ class InputProcessor:
         if ids is None:
             if not isinstance(text, str):
                 raise RequestError(
-                    f"a prompt must be text or token ids, got {type(prompt).__name__}", param="prompt"
+                    f"a prompt must be text or token ids, got {type(prompt).__name__}"
+                    + (": give its .tolist()" if hasattr(prompt, "tolist") else ""),
+                    param="prompt",
                 )
             if not text:
                 raise RequestError(
@@ -175,7 +177,9 @@ class InputProcessor:
             or any(type(i) is not int for i in ids)
         ):
             raise RequestError(
-                f"a prompt must be text or a list of integers, got {ids!r:.80}", param="prompt"
+                f"a prompt must be text or a list of integers, got {ids!r:.80}"
+                + (": give its .tolist()" if hasattr(ids, "tolist") else ""),
+                param="prompt",
             )
         return text, list(ids), salt
 

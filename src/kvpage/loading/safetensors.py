@@ -27,6 +27,7 @@ DTYPES: Mapping[str, str] = {
     "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool",
     "U16": "uint16", "U32": "uint32", "U64": "uint64",
 }  # fmt: skip
+LFS_POINTER = b"version https://git-lfs"
 
 
 class SafetensorsFile:
@@ -87,7 +88,13 @@ def _read_header(path: Path) -> tuple[int, dict[str, tuple[TensorInfo, int]]]:
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
+            head = file.read(len(LFS_POINTER))
+            if head == LFS_POINTER:
+                raise CheckpointError(
+                    f"{path} is a Git LFS pointer, not the file itself: run 'git lfs pull' there"
+                )
+            file.seek(8)
+            length = int.from_bytes(head[:8], "little")
             if size < 8 or length > min(size - 8, MAX_HEADER_BYTES):
                 raise CheckpointError(
                     f"{path} is truncated or no safetensors file: its header should have {length} bytes, the file has "

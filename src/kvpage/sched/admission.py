@@ -136,8 +136,8 @@ class QueueLimits:
         """
         if self._max_requests is not None and self.requests - free_slots >= self._max_requests:
             raise QueueFullError(
-                f"{self.requests} requests are waiting and max_num_queued_reqs is "
-                f"{self._max_requests}: try again later or raise it"
+                f"{self.requests} requests are waiting, {free_slots} of them for a free slot, and "
+                f"max_num_queued_reqs is {self._max_requests}: try again later or raise it"
             )
         tokens = len(request.prompt_token_ids)
         if self._max_tokens is not None and self.requests and self.tokens + tokens > self._max_tokens:
