@@ -11,15 +11,18 @@ import pytest
 from kvpage.demo import arithmetic
 from kvpage.demo.corpus import Segment, document, documents, held_back
 from kvpage.demo.facts import load_facts
+from kvpage.demo.impressions import other_words
 from kvpage.demo.phrasing import TEMPLATES, held_back_templates, normalise, questions, training_templates
 
-SAMPLE = 20_000
 
-
-@pytest.fixture(scope="module")
-def training_lines() -> list[str]:
+@pytest.fixture(
+    scope="module", params=[(0.0, 20_000), (0.45, 40_000)], ids=["usual mixture", "with first impressions"]
+)
+def training_lines(request: pytest.FixtureRequest) -> list[str]:
     """Every turn, and every line of plain text, of a large sample of training documents."""
-    texts = ("".join(segment.text for segment in drawn) for drawn in islice(documents(20, 0.05), SAMPLE))
+    impressions, count = request.param
+    drawn_documents = islice(documents(20, 0.05, impressions), count)
+    texts = ("".join(segment.text for segment in drawn) for drawn in drawn_documents)
     return [line for text in texts for line in re.split(r"<\|\w+\|>|\n|Question: |Answer: ", text) if line]
 
 
@@ -66,6 +69,18 @@ def test_one_question_has_one_answer_and_one_template() -> None:
             for question in questions(fact, (template,)):
                 owner = (fact.answer, "" if fact.kind == "say" else template)
                 assert seen.setdefault(normalise(question), owner) == owner, question
+
+
+def test_first_impressions_ask_nothing_that_is_held_back_or_answered_otherwise() -> None:
+    taught = {}
+    for fact in load_facts():
+        held = {normalise(question) for question in questions(fact, held_back_templates(fact))}
+        assert [question for question, _ in other_words() if normalise(question) in held] == []
+        taught.update(
+            {normalise(question): fact.answer for question in questions(fact, training_templates(fact))}
+        )
+    for question, answer in other_words():
+        assert taught.setdefault(normalise(question), answer) == answer, question
 
 
 def test_there_are_enough_facts_and_their_answers_are_prose() -> None:

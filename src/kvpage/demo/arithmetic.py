@@ -5,7 +5,9 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 
-__all__ = ["PHRASES", "Problem", "draw", "held_back_pairs", "held_back_problems", "phrase", "table_problems"]
+__all__ = [
+    "PHRASES", "Problem", "draw", "draw_close", "held_back_pairs", "held_back_problems", "phrase", "table_problems",
+]  # fmt: skip
 
 _LARGEST = 99
 _LARGEST_FACTOR = 12
@@ -112,6 +114,25 @@ def draw(random_: random.Random, operator: str | None = None) -> Problem:
         largest_a, largest_b = (12, 12) if size < 0.15 else (_LARGEST, 9 if size < 0.35 else _LARGEST)
         problem = Problem(random_.randint(0, largest_a), chosen, random_.randint(0, largest_b))
         if problem.pair not in _HELD_BACK[chosen]:
+            return problem
+
+
+def draw_close(random_: random.Random) -> Problem:
+    """Draw a training problem of the sorts that go wrong most: differences of close numbers, small operands.
+
+    Which of two close numbers is the larger one has to be known before the first digit of the answer.
+    """
+    while True:
+        kind = random_.random()
+        if kind < 0.35:
+            a = random_.randint(10, _LARGEST)
+            problem = Problem(a, "-", min(_LARGEST, max(10, a + random_.randint(-12, 12))))
+        elif kind < 0.6:
+            tens = 10 * random_.randint(1, 9)
+            problem = Problem(tens + random_.randint(0, 9), "-", tens + random_.randint(0, 9))
+        else:
+            problem = Problem(random_.randint(0, 12), random_.choice("+-**"), random_.randint(0, 12))
+        if problem.pair not in _HELD_BACK[problem.operator]:
             return problem
 
 

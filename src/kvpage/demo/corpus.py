@@ -7,11 +7,12 @@ know, and the same facts as plain prose, for prompts that are continued without 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from kvpage.demo import arithmetic
 from kvpage.demo.facts import Fact, load_facts
+from kvpage.demo.impressions import first_opening, first_turn
 from kvpage.demo.outside import RAW_OPENERS, outside
 from kvpage.demo.phrasing import TEMPLATES, held_back_templates, questions, training_templates
 
@@ -123,11 +124,13 @@ def _chat(random_: random.Random, turns: Iterator[tuple[str, str]]) -> list[Segm
     return segments
 
 
-def _sheet(random_: random.Random, count: int) -> list[Segment]:
+def _sheet(
+    random_: random.Random, count: int, draw: Callable[[random.Random], arithmetic.Problem] = arithmetic.draw
+) -> list[Segment]:
     """A page of ``count`` solved problems as plain text, so that "12 + 30 =" can be continued."""
     segments = [Segment(BOS, 0.0)]
     for index in range(count):
-        problem = arithmetic.draw(random_)
+        problem = draw(random_)
         segments += [Segment("\n" * (index > 0) + problem.left, 0.0), Segment(f" {problem.right}.", 1.0)]
     return [*segments, Segment(END, 1.0)]
 
@@ -153,8 +156,26 @@ def _raw_question(random_: random.Random) -> list[Segment]:
     return [Segment(BOS, 0.0), Segment(question, 0.0), Segment("\n" + answer + END, 1.0)]
 
 
-def document(random_: random.Random, sheets: float = 0.0) -> list[Segment]:
-    """Draw one training document; a share ``sheets`` are long pages of sums, on top of the usual mixture."""
+def _first_impression(random_: random.Random) -> list[Segment]:
+    """What is tried first: a chat of a few plain turns, the opening of a plain text, or a page of close sums."""
+    kind = random_.random()
+    if kind < 0.12:
+        return _sheet(random_, 10, arithmetic.draw_close)
+    if kind < 0.36:
+        opener, ending = first_opening(random_)
+        return [Segment(BOS, 0.0), Segment(opener, 0.0), Segment(ending + END, 1.0)]
+    count = random_.choice((1, 1, 1, 2, 3))
+    return _chat(random_, iter([first_turn(random_) for _ in range(count)]))
+
+
+def document(random_: random.Random, sheets: float = 0.0, impressions: float = 0.0) -> list[Segment]:
+    """Draw one training document from the usual mixture, but for two shares.
+
+    ``impressions`` is the share of :mod:`kvpage.demo.impressions`; of the rest, ``sheets`` is the share of long
+    pages of sums.
+    """
+    if impressions and random_.random() < impressions:
+        return _first_impression(random_)
     if random_.random() < sheets:
         return _sheet(random_, 12)
     draw = random_.random()
@@ -172,11 +193,11 @@ def document(random_: random.Random, sheets: float = 0.0) -> list[Segment]:
     return _prose(random_) if draw < 0.96 else _raw_question(random_)
 
 
-def documents(seed: int, sheets: float = 0.0) -> Iterator[list[Segment]]:
+def documents(seed: int, sheets: float = 0.0, impressions: float = 0.0) -> Iterator[list[Segment]]:
     """Yield training documents without end; the same arguments yield the same documents."""
     random_ = random.Random(seed)
     while True:
-        yield document(random_, sheets)
+        yield document(random_, sheets, impressions)
 
 
 def held_back(count: int = 200, seed: int = 0) -> list[Example]:

@@ -6,7 +6,7 @@ import random
 
 from kvpage.demo.phrasing import TEMPLATES
 
-__all__ = ["RAW_OPENERS", "UNKNOWN", "outside"]
+__all__ = ["RAW_OPENERS", "UNKNOWN", "outside", "round_numbers"]
 
 UNKNOWN = (
     "I do not know that. I am a small demo model: I know a little about LLM serving, kvpage and simple sums."
@@ -163,3 +163,11 @@ def outside(random_: random.Random) -> tuple[str, str]:
     return question.format(
         place=random_.choice(_PLACES), work=random_.choice(_WORKS), topic=random_.choice(_THINGS)
     ), UNKNOWN
+
+
+def round_numbers(random_: random.Random) -> tuple[str, str]:
+    """Return a problem that is just out of reach, such as 100 + 1, and its honest answer."""
+    a = random_.choice((100, 101, 110, 111, 120, 123, 150, 200, 250, 500, 999, 1000))
+    b = random_.choice((random_.randint(1, 9), random_.randint(10, 99), a))
+    a, b = (a, b) if random_.random() < 0.7 else (b, a)
+    return random_.choice(_LARGE).format(a=a, b=b, o=random_.choice("+-*")), _TOO_LARGE

@@ -27,7 +27,6 @@ __all__ = ["ROUNDS", "Round", "main", "train"]
 
 
 _TOKENS_PER_STEP = 2048
-_ROW = 512
 # The last steps of a round use long rows, so that the model keeps its manners far from the start of a context.
 _LONG_ROW = 2048
 _LONG_STEPS = 150
@@ -43,19 +42,24 @@ class Round:
     """One cycle of warmup and cosine decay, with an optimizer and text of its own.
 
     The first ``sheet_steps`` steps mostly see pages of sums: sums are learned late and suddenly, facts early
-    and steadily.
+    and steadily. ``impressions`` is the share of documents that show what people try first. ``row`` is the
+    number of tokens in a row; in short rows more documents stand at the start of the context, as a first
+    question does.
     """
 
     steps: int
     sheet_steps: int
     learning_rate: float
     seed: int
+    impressions: float = 0.0
+    row: int = 512
 
 
 ROUNDS = (
     Round(steps=2400, sheet_steps=1000, learning_rate=1.5e-3, seed=20),
     Round(steps=1200, sheet_steps=0, learning_rate=1e-3, seed=40),
     Round(steps=1700, sheet_steps=250, learning_rate=1e-3, seed=60),
+    Round(steps=1600, sheet_steps=0, learning_rate=8e-4, seed=80, impressions=0.45, row=256),
 )
 
 
@@ -143,11 +147,11 @@ def _write(model: LlamaForCausalLM, tokenizer: Tokenizer, folder: Path) -> None:
 def _train_round(model: LlamaForCausalLM, tokenizer: Tokenizer, round_: Round) -> None:
     """Train ``model`` in place: float32 weights, products in bfloat16."""
     optimizer = _optimizer(model)
-    first = documents(round_.seed, _SHEETS_FIRST)
-    later = documents(round_.seed + 1, _SHEETS_LATER)
+    first = documents(round_.seed, _SHEETS_FIRST, round_.impressions)
+    later = documents(round_.seed + 1, _SHEETS_LATER, round_.impressions)
     started = time.monotonic()
     for step in range(round_.steps):
-        length = _LONG_ROW if step >= round_.steps - _LONG_STEPS else _ROW
+        length = _LONG_ROW if step >= round_.steps - _LONG_STEPS else round_.row
         source = _rows(tokenizer, first if step < round_.sheet_steps else later, length)
         for group in optimizer.param_groups:
             group["lr"] = _learning_rate(round_, step)
