@@ -32,7 +32,7 @@ def parser() -> CommandParser:
 
 
 def options(*arguments: str) -> dict[str, object]:
-    return engine_options(parser().parse_arguments(arguments), skip=("seed",))
+    return engine_options(parser().parse_arguments(arguments))
 
 
 @pytest.mark.parametrize(
@@ -145,7 +145,7 @@ def test_what_is_no_integer_is_refused(text: str) -> None:
 def test_sampling_flags_make_sampling_params() -> None:
     namespace = parser().parse_arguments(
         ["--temperature", "0.5", "--stop", "a", "--stop", "b", "--logit-bias", '{"5": -1}', "--ignore-eos",
-         "--stop-token-ids", "3", "4", "--seed", "9"]
+         "--stop-token-ids", "3", "--stop-token-ids", "4", "--seed", "9"]
     )  # fmt: skip
     params = sampling_params(namespace, max_tokens=7)
     assert params == SamplingParams(max_tokens=7, temperature=0.5, stop=["a", "b"], logit_bias={5: -1.0},

@@ -100,7 +100,7 @@ def test_stats_tell_tokens_and_time_on_stderr(checkpoint: str, capsys: pytest.Ca
 @pytest.mark.parametrize(
     ("arguments", "word"),
     [
-        (["hi", "--temperature", "0", "--n", "2"], "n=2"),
+        (["hi", "--temperature", "0", "--n", "2"], "--n 2"),
         (["hi", "--max-model-len", "100000"], "256"),
         (["hi", "--chat", "--raw"], "not allowed with"),
         ([""], "empty"),

@@ -13,9 +13,10 @@ from typing import Any
 from kvpage.cli.collect_env import environment
 from kvpage.cli.engine_flags import add_engine_flags, add_model_argument, chosen_model, engine_options
 from kvpage.cli.main import OK
-from kvpage.cli.parser import CommandParser, UsageError, human_integer
-from kvpage.cli.session import Stopwatch, open_engine, write_file
-from kvpage.cli.workload import random_prompts, vocabulary_size
+from kvpage.cli.parser import CommandParser, UsageError, check_at_least, human_integer
+from kvpage.cli.session import Stopwatch, check_output, open_engine, write_file
+from kvpage.cli.signals import undivided
+from kvpage.cli.workload import has_tokenizer, random_prompts, vocabulary_size
 from kvpage.outputs import RequestOutput
 from kvpage.params import SamplingParams
 
@@ -56,7 +57,9 @@ def throughput(arguments: Sequence[str]) -> int:
     parser.add_argument("--dataset-name", choices=("random",), default="random", help="[random]")
     parser.add_argument("--async-engine", action="store_true", help="through AsyncEngine")
     namespace = parser.parse_arguments(arguments)
-    _check(namespace, "num_prompts")
+    check_at_least(1, namespace, "num_prompts", "input_len", "output_len", "n")
+    check_at_least(0, namespace, "num_warmups", "prefix_len")
+    check_output(namespace.output_json)
     params, prompts = _workload(
         namespace, namespace.num_prompts + namespace.num_warmups, namespace.prefix_len
     )
@@ -90,10 +93,12 @@ def latency(arguments: Sequence[str]) -> int:
         "--num-iters", type=human_integer, default=30, metavar="N", help="batches measured [30]"
     )
     namespace = parser.parse_arguments(arguments)
-    _check(namespace, "batch_size", "num_iters")
+    check_at_least(1, namespace, "batch_size", "num_iters", "input_len", "output_len", "n")
+    check_at_least(0, namespace, "num_iters_warmup")
+    check_output(namespace.output_json)
     params, prompts = _workload(namespace, namespace.batch_size, 0)
     times: list[float] = []
-    with open_engine(namespace, enable_prefix_caching=False) as engine:
+    with open_engine(namespace, enable_prefix_caching=False, **_token_ids_only(namespace)) as engine:
         for _ in range(namespace.num_iters_warmup):
             engine.generate(prompts, params, progress=False)
         for _ in range(namespace.num_iters):
@@ -133,10 +138,9 @@ def _parser(prog: str, description: str, *, input_len: int, output_len: int) -> 
     return parser
 
 
-def _check(namespace: argparse.Namespace, *names: str) -> None:
-    for name in ("input_len", "output_len", "n", *names):
-        if getattr(namespace, name) < 1:
-            raise UsageError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(namespace, name)}")
+def _token_ids_only(namespace: argparse.Namespace) -> dict[str, bool]:
+    """Prompts are token ids: without text to make, or a tokenizer to make it, none is needed."""
+    return {"skip_tokenizer_init": namespace.disable_detokenize or not has_tokenizer(namespace)}
 
 
 def _workload(
@@ -156,7 +160,7 @@ def _workload(
 def _measure(
     namespace: argparse.Namespace, warmups: list[list[int]], prompts: list[list[int]], params: SamplingParams
 ) -> tuple[list[RequestOutput], float]:
-    with open_engine(namespace) as engine:
+    with open_engine(namespace, **_token_ids_only(namespace)) as engine:
         if warmups:
             engine.generate(warmups, params, progress=False)
         watch = Stopwatch()
@@ -166,10 +170,15 @@ def _measure(
 def _measure_async(
     namespace: argparse.Namespace, warmups: list[list[int]], prompts: list[list[int]], params: SamplingParams
 ) -> tuple[list[RequestOutput], float]:
-    from kvpage.engine.aio import AsyncEngine
+    with undivided():
+        from kvpage.engine.aio import AsyncEngine  # torch, a second
+
+    options = {**_token_ids_only(namespace), **engine_options(namespace)}
 
     async def measure() -> tuple[list[RequestOutput], float]:
-        async with AsyncEngine(chosen_model(namespace), **engine_options(namespace)) as engine:
+        with undivided():
+            made = AsyncEngine(chosen_model(namespace), **options)
+        async with made as engine:
             for warmup in [engine.generate(prompt, params) for prompt in warmups]:
                 await warmup
             watch = Stopwatch()

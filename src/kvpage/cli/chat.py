@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 from kvpage.cli.engine_flags import add_engine_flags, add_model_argument, add_sampling_flags, sampling_params
-from kvpage.cli.main import OK
-from kvpage.cli.parser import CommandParser
-from kvpage.cli.session import Stopwatch, chat_prompt, follow, interruptible, open_engine, speed_note
+from kvpage.cli.main import ERROR, NO, OK
+from kvpage.cli.parser import CommandParser, UsageError
+from kvpage.cli.session import Stopwatch, chat_prompt, follow, open_engine, speed_note
+from kvpage.cli.signals import interruptible
 from kvpage.errors import EngineDeadError, RequestError
 from kvpage.params import SamplingParams
 
@@ -41,7 +43,10 @@ def run(arguments: Sequence[str]) -> int:
         conversation.check()
         if namespace.quick is not None:
             conversation.answer(namespace.quick)
-            return OK
+            _leave_if_interrupted(conversation)
+            return ERROR if conversation.refused else OK
+        if sys.stdin is None:
+            raise UsageError("standard input is closed: pipe messages in, or ask one with --quick TEXT")
         interactive = sys.stdin.isatty()
         if interactive:
             with contextlib.suppress(ImportError):  # line editing and history where the platform has them
@@ -50,18 +55,30 @@ def run(arguments: Sequence[str]) -> int:
         while (line := _read_line(interactive)) is not None:
             if not conversation.take(line):
                 break
-    return OK
+            if not interactive:
+                _leave_if_interrupted(conversation)
+    return NO if conversation.refused and not interactive else OK
+
+
+def _leave_if_interrupted(conversation: Conversation) -> None:
+    """Where nobody types, Ctrl-C means the program, not the answer."""
+    if conversation.interrupted:
+        raise KeyboardInterrupt
 
 
 class Conversation:
     """Messages so far, and what a line typed by the user does to them.
 
     A repeated beginning costs nothing: the engine finds the KV of earlier turns in its prefix cache.
+
+    Attributes:
+        interrupted: Ctrl-C ended the latest answer. refused: messages so far that could not be asked.
     """
 
     def __init__(self, engine: Engine, params: SamplingParams, system: str | None, *, stats: bool) -> None:
         self._engine, self._params, self._stats = engine, params, stats
         self._messages: list[dict[str, str]] = []
+        self.interrupted, self.refused = False, 0
         self.start(system)
 
     @property
@@ -94,18 +111,29 @@ class Conversation:
         return True
 
     def answer(self, text: str) -> None:
-        """Ask and print the answer as it comes. A message that cannot be asked is taken back and said so."""
+        """Ask and print the answer as it comes. A message that cannot be asked is taken back and said so.
+
+        Ctrl-C ends the answer, and sets ``interrupted``.
+        """
         self._messages.append({"role": "user", "content": text})
         watch = Stopwatch()
         try:
             with interruptible() as stopped:
                 handle = self._engine.submit(chat_prompt(self._engine, self._messages), self._params)
-                follow(self._engine, handle, 0, lambda delta: print(delta, end="", flush=True), stopped)
+
+                def cancel_if_asked() -> None:
+                    if stopped():
+                        handle.cancel()
+
+                write = partial(print, end="", flush=True)
+                follow(self._engine, handle, 0, write, cancel_if_asked)
+                self.interrupted = stopped()
             print()
         except EngineDeadError:
             raise
         except RequestError as error:
             self._messages.pop()
+            self.refused += 1
             print(f"error: {error} (/reset begins anew)", file=sys.stderr)
             return
         self._messages.append({"role": "assistant", "content": handle.output.outputs[0].text})

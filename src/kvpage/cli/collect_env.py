@@ -13,6 +13,7 @@ from typing import Any
 import kvpage
 from kvpage.cli.main import OK
 from kvpage.cli.parser import CommandParser
+from kvpage.cli.signals import undivided
 from kvpage.inspect.machine import available_memory, nvidia_gpus, total_memory
 from kvpage.plugins import PluginRegistry
 
@@ -82,7 +83,8 @@ def cpu_facts() -> dict[str, Any]:
 def torch_facts() -> dict[str, Any]:
     """What torch says of itself and its devices; an ``error`` where it cannot be imported."""
     try:
-        import torch
+        with undivided():
+            import torch
     except Exception as error:  # a broken install may raise anything, and is what the report is for
         return {"error": f"{type(error).__name__}: {error}"}
     devices = []

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Collection
+from pathlib import Path
 from typing import Any
 
 from kvpage.cli.flags import add_flags, given
-from kvpage.cli.parser import CommandParser
+from kvpage.cli.parser import CommandParser, UsageError
 from kvpage.config import EngineOptions
 from kvpage.params import SamplingParams
 
@@ -21,6 +22,11 @@ NOT_ENGINE_FLAGS = ("model", "prefix_cache_key")
 """The model is a command's own argument; a secret key does not belong on a command line."""
 
 NOT_SAMPLING_FLAGS = ("detokenize",)
+SAMPLING_HELP = {
+    "presence_penalty": "in [-2, 2]; subtracted once from the logit of every token that the output holds",
+    "frequency_penalty": "in [-2, 2]; subtracted from the logit of a token as often as the output holds it",
+}
+"""Where one sentence of the docstring covers two flags."""
 
 
 def add_model_argument(parser: CommandParser) -> None:
@@ -31,25 +37,67 @@ def add_model_argument(parser: CommandParser) -> None:
 
 
 def chosen_model(namespace: argparse.Namespace) -> str:
-    """The model that the command line names; "demo" if none."""
-    return str(namespace.model or getattr(namespace, "model_argument", None) or "demo")
+    """The model that the command line names; "demo" if none.
+
+    Raises:
+        UsageError: it names two.
+    """
+    flag, argument = namespace.model, getattr(namespace, "model_argument", None)
+    if flag is not None and argument is not None:
+        raise UsageError(f"two models are named, {argument} and --model {flag}: leave one out")
+    return str(flag or argument or "demo")
+
+
+def model_was_named(namespace: argparse.Namespace) -> bool:
+    """Whether the command line names a model at all."""
+    return namespace.model is not None or getattr(namespace, "model_argument", None) is not None
 
 
 def add_engine_flags(parser: CommandParser, *, skip: Collection[str] = ()) -> None:
     """Every engine option as a flag, but those in ``skip``."""
-    add_flags(parser, EngineOptions, title="engine", skip=(*NOT_ENGINE_FLAGS, *skip), aliases=ENGINE_ALIASES)
+    left_out = (*NOT_ENGINE_FLAGS, *skip)
+    add_flags(parser, EngineOptions, title="engine", skip=left_out, aliases=ENGINE_ALIASES)
+    # Another flag may have the name of an option that is left out: --seed of a request.
+    parser.set_defaults(not_engine_options=left_out)
 
 
-def engine_options(namespace: argparse.Namespace, *, skip: Collection[str] = ()) -> dict[str, Any]:
-    """Keyword arguments for ``Engine`` from the flags that were typed; the model is not among them."""
-    return given(namespace, EngineOptions, skip=("model", *skip))
+def engine_options(namespace: argparse.Namespace) -> dict[str, Any]:
+    """Keyword arguments for ``Engine`` from the engine flags that were typed; the model is not among them.
+
+    Raises:
+        UsageError: ``--chat-template`` is neither a file nor a template.
+    """
+    options = given(namespace, EngineOptions, skip=namespace.not_engine_options)
+    if options.get("chat_template") is not None:
+        options["chat_template"] = template_text(options["chat_template"])
+    return options
+
+
+def template_text(value: str) -> str:
+    """A chat template that was typed, or the text of the file that was named.
+
+    Raises:
+        UsageError: there is no such file and it is no template, or the file cannot be read.
+    """
+    if "{{" in value or "{%" in value:
+        return value
+    try:
+        return Path(value).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UsageError(
+            f"--chat-template {value}: there is no such file, and a template itself would hold {{{{ or {{%"
+        ) from None
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        raise UsageError(f"--chat-template {value}: cannot be read: {reason}; name a template file") from None
 
 
 def add_sampling_flags(parser: CommandParser, *, max_tokens: int | None) -> None:
     """Every sampling parameter as a flag; ``max_tokens`` is the command's own default."""
     add_flags(
-        parser, SamplingParams, title="sampling", skip=NOT_SAMPLING_FLAGS, defaults={"max_tokens": max_tokens}
-    )
+        parser, SamplingParams, title="sampling", skip=NOT_SAMPLING_FLAGS, defaults={"max_tokens": max_tokens},
+        texts=SAMPLING_HELP,
+    )  # fmt: skip
 
 
 def sampling_params(namespace: argparse.Namespace, **defaults: Any) -> SamplingParams:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import Field, fields
 from typing import Any
 
@@ -26,13 +26,15 @@ def add_flags(
     skip: Collection[str] = (),
     aliases: Shorts | None = None,
     defaults: Mapping[str, object] | None = None,
+    texts: Mapping[str, str] | None = None,
 ) -> None:
     """One flag for each field of the dataclass ``options`` that is not in ``skip``.
 
-    ``defaults``: what a command takes in place of a field's own default, for the help text.
+    ``defaults``: what a command takes in place of a field's own default, for the help text. ``texts``: help in
+    place of the docstring's.
     """
     group = parser.add_argument_group(title)
-    texts = field_help(options)
+    texts = {**field_help(options), **(texts or {})}
     for field in fields(options):
         if field.name not in skip:
             spellings = ("--" + field.name.replace("_", "-"), *(aliases or {}).get(field.name, ()))
@@ -68,26 +70,42 @@ def _shape(field: Field[Any], text: str, defaults: Mapping[str, object]) -> dict
     if kind == "bool":
         state = "on" if field.default else "off"
         return {"action": argparse.BooleanOptionalAction, "help": f"{text} [{state}]"}
+    number = kind.removesuffix(" | None")
+    optional = number != kind
+    # A number may be taken back with "none"; any other flag by leaving it out.
+    text = re.sub(r"\bNone\b", "none" if number in ("int", "float") else "not given", text)
     value = defaults.get(field.name, None if callable(field.default_factory) else field.default)
     shape: dict[str, Any] = {
         "help": text if value in (None, (), "") else f"{text} [{value}]",
         "metavar": "TEXT",
     }
-    if "Sequence[str]" in kind:
-        return {**shape, "action": "append"}
-    if "Sequence[int]" in kind:
-        return {**shape, "nargs": "+", "type": int, "metavar": "ID"}
+    if "Sequence[" in kind:
+        repeatable = {"action": "append", "help": f"{text}; repeatable"}
+        return {**shape, **repeatable, **({"type": int, "metavar": "ID"} if "[int]" in kind else {})}
     if "Mapping" in kind:
         return {**shape, "type": _json_object, "metavar": "JSON"}
-    if kind in ("int", "int | None"):
-        return {**shape, "type": _length if "len" in field.name else human_integer, "metavar": "N"}
-    if kind in ("float", "float | None"):
-        return {**shape, "type": float, "metavar": "X"}
+    if number == "int":
+        read = _length if "len" in field.name else human_integer
+        return {**shape, "type": _or_none(read) if optional else read, "metavar": "N"}
+    if number == "float":
+        return {**shape, "type": _or_none(_number) if optional else _number, "metavar": "X"}
     return shape
+
+
+def _or_none(read: Callable[[str], Any]) -> Callable[[str], Any]:
+    """``read``, but "none" is ``None``."""
+    return lambda text: None if text.lower() == "none" else read(text)
 
 
 def _length(text: str) -> int | None:
     return None if text in ("auto", "-1") else human_integer(text)
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number such as 0.5") from None
 
 
 def _json_object(text: str) -> dict[Any, Any]:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from kvpage.cli.engine_flags import add_engine_flags, add_sampling_flags, sampling_params
 from kvpage.cli.main import OK
 from kvpage.cli.parser import CommandParser
 from kvpage.cli.session import Stopwatch, chat_prompt, follow, has_chat_template, open_engine, speed_note
+from kvpage.cli.signals import interruptible
 from kvpage.errors import RequestError
 from kvpage.outputs import Logprob, PositionLogprobs, RequestOutput
 
@@ -30,15 +31,23 @@ def run(arguments: Sequence[str]) -> int:
     namespace = make_parser().parse_arguments(arguments)
     params = sampling_params(namespace, max_tokens=DEFAULT_MAX_TOKENS)
     prompts = read_prompts(namespace.prompts)
-    with open_engine(namespace) as engine:
+    with open_engine(namespace) as engine, interruptible() as asked_to_stop:
+
+        def check_stop() -> None:
+            if asked_to_stop():
+                raise KeyboardInterrupt  # between two steps
+
         chat = namespace.chat or (not namespace.raw and has_chat_template(engine))
         watch = Stopwatch()
         handles = [engine.submit(_prompt(engine, text, namespace, chat), params) for text in prompts]
         if namespace.json:
             for handle in handles:
+                while not handle.done:
+                    check_stop()
+                    engine.step()
                 print(json.dumps(output_as_dict(handle.result()), ensure_ascii=False), flush=True)
         else:
-            print_texts(engine, prompts, handles)
+            print_texts(engine, prompts, handles, check_stop)
         if namespace.stats:
             print(speed_note([handle.output for handle in handles], watch.seconds), file=sys.stderr)
     return OK
@@ -70,7 +79,7 @@ def read_prompts(arguments: Sequence[str]) -> list[str]:
     Raises:
         RequestError: none was given and nothing is piped in, one is empty, or stdin is not text.
     """
-    if not arguments and sys.stdin.isatty():
+    if not arguments and (sys.stdin is None or sys.stdin.isatty()):
         raise RequestError(
             'no prompt: kvpage generate "What is a KV cache?", or pipe a text in', param="prompt"
         )
@@ -81,20 +90,27 @@ def read_prompts(arguments: Sequence[str]) -> list[str]:
 
 
 def _read_stdin() -> str:
+    if sys.stdin is None:
+        raise RequestError("- is standard input, which is closed: give the prompt as text", param="prompt")
     try:
         return sys.stdin.read()
     except UnicodeDecodeError as error:
         raise RequestError(f"stdin is not UTF-8 text ({error}): give text", param="prompt") from error
 
 
-def print_texts(engine: Engine, prompts: Sequence[str], handles: Sequence[RequestHandle]) -> None:
-    """Every choice of every prompt in order, each as it grows; headed where there is more than one."""
+def print_texts(
+    engine: Engine, prompts: Sequence[str], handles: Sequence[RequestHandle], check_stop: Callable[[], None]
+) -> None:
+    """Every choice of every prompt in order, each as it grows; headed where there is more than one.
+
+    ``check_stop`` is called between two steps, and may raise.
+    """
     several = len(handles) > 1 or len(handles[0].output.outputs) > 1
     for prompt, handle in zip(prompts, handles, strict=True):
         for choice in range(len(handle.output.outputs)):
             if several:
                 print(f"==> {_short(prompt)}{f' [{choice}]' if len(handle.output.outputs) > 1 else ''}")
-            follow(engine, handle, choice, lambda text: print(text, end="", flush=True))
+            follow(engine, handle, choice, lambda text: print(text, end="", flush=True), check_stop)
             print()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import errno
 import importlib
 import io
 import os
@@ -53,8 +54,11 @@ COMMANDS: tuple[Command, ...] = (
     Command("plugins", "list, explain and check plugins", "kvpage.cli.plugins:run"),
     Command("collect-env", "what a bug report needs to know of this machine", "kvpage.cli.collect_env:run"),
 )
-NEEDS_EXTRA = {"serve": "server", "run-batch": "server"}
-"""Commands of first-party plugins that need an extra of the distribution."""
+NOT_YET = {"serve": "the server", "run-batch": "the server"}
+"""Commands that are known by name and have not landed, with the part that brings them."""
+TAKE_SAMPLING_FLAGS = ("generate", "chat")
+OUTPUT_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF)
+"""What writing ends in where the disk, or whatever takes our output, does not take it."""
 
 
 def main(
@@ -67,6 +71,9 @@ def main(
         plugin_commands: finds the commands that plugins add; ``None`` = those of installed plugins.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
+    if sys.stdout is None:
+        print("error: standard output is closed: nothing could be answered", file=sys.stderr)
+        return ERROR
     traceback = _take_switch(arguments, "--traceback")
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character is no reason to stop
@@ -80,16 +87,35 @@ def main(
     except KvpageError as error:
         if traceback:
             raise
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {_with_flags(str(error), arguments)}", file=sys.stderr)
         return ERROR
     except KeyboardInterrupt:
         print(file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:
-        # What is still buffered has no reader; the interpreter must not try to flush it at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()
         return BROKEN_PIPE
+    except OSError as error:
+        if traceback or error.filename is not None or error.errno not in OUTPUT_ERRORS:
+            raise
+        _drop_output()
+        print(f"error: standard output cannot be written: {error.strerror}", file=sys.stderr)
+        return ERROR
     return status
+
+
+def _drop_output() -> None:
+    """What is still buffered has nowhere to go; the interpreter must not try to flush it at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _with_flags(message: str, arguments: Sequence[str]) -> str:
+    """An error of the library as one of the command line; what a plugin's command says stays as it is."""
+    if not arguments or arguments[0].replace("_", "-") not in {command.name for command in COMMANDS}:
+        return message
+    from kvpage.cli.flag_names import with_flags  # only where there is an error to tell
+
+    return with_flags(message, sampling=arguments[0] in TAKE_SAMPLING_FLAGS)
 
 
 def _dispatch(arguments: list[str], plugin_commands: Callable[[], Iterable[CommandLike]]) -> int:
@@ -133,8 +159,8 @@ def _help(commands: Sequence[CommandLike]) -> str:
 
 
 def _unknown(name: str, known: Sequence[str]) -> str:
-    if name in NEEDS_EXTRA:
-        return f"kvpage {name} needs the server plugin: pip install 'kvpage[{NEEDS_EXTRA[name]}]'"
+    if name in NOT_YET:
+        return f"kvpage {name}: {NOT_YET[name]} has not landed yet; until then there are {', '.join(known)}"
     near = difflib.get_close_matches(name, known, n=1)
     hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
     return f"kvpage has no command {name!r}: {hint}"

@@ -90,7 +90,17 @@ def human_integer(text: str) -> int:
         raise argparse.ArgumentTypeError(
             f"{text!r} is not a whole number such as 4096, 4k (4000) or 4K (4096)"
         )
-    value = float(match[1]) * MULTIPLIERS[match[2]]
-    if value != int(value):
+    whole, _, fraction = match[1].partition(".")
+    parts = int("1" + "0" * len(fraction))
+    value, rest = divmod(int(whole + fraction) * MULTIPLIERS[match[2]], parts)
+    if rest:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number")
-    return int(value)
+    return value
+
+
+def check_at_least(lowest: int, namespace: argparse.Namespace, *names: str) -> None:
+    """Raises UsageError where a flag's value is below ``lowest``."""
+    for name in names:
+        if getattr(namespace, name) < lowest:
+            flag = name.replace("_", "-")
+            raise UsageError(f"--{flag} must be at least {lowest}, got {getattr(namespace, name)}")

@@ -10,6 +10,7 @@ from kvpage.api.records import AttentionBackendRecord, CliCommandRecord, ModelRe
 from kvpage.cli.engine_flags import add_engine_flags, add_model_argument, chosen_model, engine_options
 from kvpage.cli.main import NO, OK
 from kvpage.cli.parser import CommandParser, UsageError
+from kvpage.cli.signals import undivided
 from kvpage.config import EngineOptions, resolve_dtype
 from kvpage.errors import PluginError
 from kvpage.plugins import PluginRegistry, load
@@ -70,7 +71,8 @@ def explain(arguments: Sequence[str]) -> int:
     namespace = parser.parse_arguments(arguments)
     options = EngineOptions(model=chosen_model(namespace), **engine_options(namespace))
 
-    from kvpage.engine.build import attention_need  # torch, as the backends themselves
+    with undivided():
+        from kvpage.engine.build import attention_need  # torch, as the backends themselves
     from kvpage.inspect.checkpoint import planned_model
 
     registry = PluginRegistry()
@@ -106,7 +108,8 @@ def check(arguments: Sequence[str]) -> int:
 
 
 def _check_one(record: AttentionBackendRecord, device: str) -> bool:
-    from kvpage.cli.backend_check import check_backend
+    with undivided():
+        from kvpage.cli.backend_check import check_backend  # torch
 
     try:
         backend = load(record)

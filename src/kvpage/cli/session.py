@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import argparse
 import logging
-import signal
-import threading
+import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from kvpage.cli.engine_flags import chosen_model, engine_options
+from kvpage.cli.engine_flags import chosen_model, engine_options, model_was_named
 from kvpage.cli.parser import UsageError
+from kvpage.cli.signals import undivided
 from kvpage.outputs import RequestOutput
 
 if TYPE_CHECKING:
@@ -28,16 +26,14 @@ def open_engine(namespace: argparse.Namespace, **overrides: Any) -> Engine:
 
     ``overrides`` are options that the command sets itself where their flag was not typed.
     """
-    from kvpage.engine.engine import Engine  # torch, a second
-
     options = {**overrides, **engine_options(namespace)}
-    template = options.get("chat_template")
-    if template is not None and "\n" not in template and len(template) < 1024 and Path(template).is_file():
-        options["chat_template"] = Path(template).read_text(encoding="utf-8")
     model = chosen_model(namespace)
-    if model == "demo" and namespace.model is None and getattr(namespace, "model_argument", None) is None:
+    if not model_was_named(namespace):
         LOG.info("model: demo, the small one that comes with kvpage (another: --model FOLDER or hub id)")
-    return Engine(model, **options)
+    with undivided():
+        from kvpage.engine.engine import Engine  # torch, a second
+
+        return Engine(model, **options)
 
 
 def has_chat_template(engine: Engine) -> bool:
@@ -62,12 +58,12 @@ def follow(
     handle: RequestHandle,
     choice: int,
     write: Callable[[str], None],
-    stopped: Callable[[], bool] = lambda: False,
+    before_step: Callable[[], None] = lambda: None,
 ) -> None:
     """Step the engine until one choice has ended, passing its text on as it grows.
 
     Other requests of the engine advance with it; what they and the other choices gain stays in their outputs.
-    Once ``stopped()`` is true the request is cancelled, between two steps.
+    ``before_step`` may cancel the request.
 
     Raises:
         KvpageError: what ended the request in error.
@@ -83,48 +79,51 @@ def follow(
             shown = len(text)
         if ended:
             break
-        if stopped():
-            handle.cancel()
-        else:
+        before_step()
+        if not handle.done:
             engine.step()
     if handle.done:
         handle.result()
 
 
-@contextmanager
-def interruptible() -> Iterator[Callable[[], bool]]:
-    """While entered, Ctrl-C interrupts nothing: it makes the given function true. A second one interrupts.
-
-    A step of the engine is left whole that way. Signals belong to the main thread; elsewhere nothing changes.
-    """
-    asked = threading.Event()
-    before = signal.getsignal(signal.SIGINT)
-
-    def ask(number: int, frame: FrameType | None) -> None:
-        if asked.is_set() and callable(before):
-            before(number, frame)
-        asked.set()
-
-    if threading.current_thread() is not threading.main_thread():
-        yield asked.is_set
-        return
-    signal.signal(signal.SIGINT, ask)
-    try:
-        yield asked.is_set
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
 def speed_note(outputs: Sequence[RequestOutput], seconds: float) -> str:
     """One line on what a run cost."""
     tokens = sum(len(choice.token_ids) for output in outputs for choice in output.outputs)
-    prompt = sum(len(output.prompt_token_ids) for output in outputs)
+    prompt = counted(sum(len(output.prompt_token_ids) for output in outputs), "prompt token")
     cached = sum(output.metrics.cached_tokens for output in outputs)
     first = [output.metrics.time_to_first_token for output in outputs]
     times = [seconds_to_first for seconds_to_first in first if seconds_to_first is not None]
     delay = f", first token after {1000 * min(times):.0f} ms" if times else ""
     hit = f" ({cached} from the prefix cache)" if cached else ""
-    return f"{prompt} prompt tokens{hit}, {tokens} new in {seconds:.2f} s: {tokens / max(seconds, 1e-9):.0f} tokens/s{delay}"
+    return (
+        f"{prompt}{hit}, {tokens} new in {seconds:.2f} s: {tokens / max(seconds, 1e-9):.0f} tokens/s{delay}"
+    )
+
+
+def counted(number: int, noun: str) -> str:
+    """ "1 fork", "2 forks"."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def check_output(path: str | None) -> None:
+    """Before a run whose result is to be written to ``path``, if it is to be written.
+
+    Raises:
+        UsageError: it cannot be written there.
+    """
+    if path is None:
+        return
+    file = Path(path)
+    try:
+        folder = file.parent
+        if file.is_dir():
+            raise UsageError(f"{path} cannot be written: it is a folder; name a file in it")
+        if not folder.is_dir():
+            raise UsageError(f"{path} cannot be written: there is no folder {folder}; make it first")
+        if not os.access(file if file.exists() else folder, os.W_OK):
+            raise UsageError(f"{path} cannot be written: permission denied; choose another place")
+    except OSError as error:
+        raise UsageError(f"{path} cannot be written: {error.strerror or error}") from error
 
 
 def write_file(path: str, text: str) -> None:
