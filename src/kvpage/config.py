@@ -53,13 +53,13 @@ class EngineOptions:
         trust_remote_code: let transformers run code that comes with a tokenizer.
         revision, tokenizer_revision, download_dir, hf_token: for the hub.
         load_format: "auto" / "safetensors", or "dummy" for random weights of the model's shape.
-        dtype: of weights and activations: "auto" (the checkpoint's; float32 becomes bfloat16 on no device),
-            "float32", "bfloat16", "float16", "half", "float".
-        device: "auto", "cpu", "cuda", "cuda:1", "hip".
+        dtype: of weights and activations: "auto" = the checkpoint's, "float32", "bfloat16", "float16", "half",
+            "float".
+        device: "auto" or "cpu"; GPU backends ("cuda", "cuda:1", "hip") have not landed yet.
         max_model_len: most tokens of a sequence, prompt included; ``None`` = the model's context.
         allow_long_max_model_len: accept a ``max_model_len`` beyond the model's context.
         max_num_seqs: sequences that run at once. max_num_batched_tokens: tokens of one step.
-        scheduling_policy: "fcfs", "priority", or a plugin's.
+        scheduling_policy: "fcfs", "priority", or a ``kvpage.sched.policy.Policy`` object.
         max_num_queued_reqs, max_num_queued_tokens: limits of the waiting queue.
         long_prefill_token_threshold: most tokens of one prompt in one step; 0 = no such limit.
         block_size: tokens a KV block; ``None`` = what the attention backend prefers.
@@ -70,8 +70,8 @@ class EngineOptions:
         gpu_memory_utilization: share of a GPU's memory for weights and KV; not applicable on a CPU.
         kv_cache_dtype: "auto" = the model's dtype.
         attention_backend: name of a registered backend; ``None`` = the best that fits.
-        quantization: quantization scheme, by name.
-        tensor_parallel_size: ranks the model is split over.
+        quantization: quantization scheme, by name; none has landed yet.
+        tensor_parallel_size: ranks the model is split over; more than 1 has not landed yet.
         seed: makes requests without a seed of their own repeatable in submission order; ``None`` = entropy.
         max_logprobs: most top log-probabilities a request may ask for; -1 = no limit.
         generation_config: "auto" takes sampling defaults from the model's generation_config.json, "none" not.
