@@ -22,6 +22,9 @@ NOT_ENGINE_FLAGS = ("model", "prefix_cache_key")
 """The model is a command's own argument; a secret key does not belong on a command line."""
 
 NOT_SAMPLING_FLAGS = ("detokenize",)
+ENGINE_HELP = {"scheduling_policy": '"fcfs" or "priority"'}
+"""Where the docstring names Python objects."""
+
 SAMPLING_HELP = {
     "presence_penalty": "in [-2, 2]; subtracted once from the logit of every token that the output holds",
     "frequency_penalty": "in [-2, 2]; subtracted from the logit of a token as often as the output holds it",
@@ -56,7 +59,7 @@ def model_was_named(namespace: argparse.Namespace) -> bool:
 def add_engine_flags(parser: CommandParser, *, skip: Collection[str] = ()) -> None:
     """Every engine option as a flag, but those in ``skip``."""
     left_out = (*NOT_ENGINE_FLAGS, *skip)
-    add_flags(parser, EngineOptions, title="engine", skip=left_out, aliases=ENGINE_ALIASES)
+    add_flags(parser, EngineOptions, title="engine", skip=left_out, aliases=ENGINE_ALIASES, texts=ENGINE_HELP)
     # Another flag may have the name of an option that is left out: --seed of a request.
     parser.set_defaults(not_engine_options=left_out)
 

@@ -12,8 +12,9 @@ if TYPE_CHECKING:
     from kvpage.inspect.snapshot import BlockMap, BlockView, SequenceView
 
 CELL, GAP, MARGIN, LINE = 14, 2, 16, 18
-TITLE_WIDTH = 880
-"""Pixels that the longest line of text needs."""
+LETTER = 7.3
+"""Pixels that a letter needs, at most."""
+LEGEND_WIDTH = 880
 GOLDEN_ANGLE = 137.508
 """Degrees of hue between neighbours: any number of colours stays apart."""
 STYLE = """\
@@ -49,7 +50,8 @@ def block_map_svg(block_map: BlockMap, columns: int) -> str:
     for sequence in block_map.sequences:
         body += _sequence_line(top, sequence, hues[sequence.request_id, sequence.choice])
         top += LINE
-    width = max(TITLE_WIDTH, 2 * MARGIN + columns * (CELL + GAP))
+    letters = max((len(summary(block_map, group)) for group in block_map.groups), default=0)
+    width = max(LEGEND_WIDTH, 2 * MARGIN + columns * (CELL + GAP), 2 * MARGIN + round(LETTER * letters))
     return "\n".join((
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {top}" width="{width}" height="{top}" '
         'role="img" aria-label="KV block map">',

@@ -37,11 +37,12 @@ def summary(block_map: BlockMap, group: GroupView) -> str:
     """Counts of one group: blocks by state, and how full the held ones are."""
     held = [block for block in group.blocks if block.references]
     tokens = sum(block.filled for block in held)
+    cached = sum(block.cached for block in group.blocks)
     window = f", window {group.window}" if group.window is not None else ""
     text = (
         f"KV group {group.index} ({group.kind}{window}): {len(group.blocks):,} blocks of {block_map.block_size} "
-        f"tokens: {len(held):,} in use ({group.count('shared'):,} shared), {group.count('cached'):,} cached, "
-        f"{group.count('free'):,} free"
+        f"tokens: {len(held):,} in use ({group.count('shared'):,} shared), {group.count('cached'):,} kept for a "
+        f"prefix hit ({cached:,} with those in use), {group.count('free'):,} free"
     )
     return text + (f"; {tokens:,} of {len(held) * block_map.block_size:,} token slots filled" if held else "")
 

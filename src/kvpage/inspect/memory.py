@@ -101,13 +101,25 @@ class MemoryPlan:
 
     @property
     def fits(self) -> bool:
-        """Whether the engine would start."""
+        """Whether there is room to start the engine."""
         return self.missing == 0
 
     @property
     def holds_longest(self) -> bool:
         """Whether it would start and one sequence of ``max_model_len`` fits."""
         return self.fits and self.sequences[self.resolved.max_model_len] > 0
+
+    @property
+    def cannot_run_yet(self) -> tuple[str, ...]:
+        """What this plan or its remedies count on, and no engine of this version runs."""
+        devices, flags = self.devices, " ".join(remedy.flags for remedy in self.remedies)
+        needed = {
+            "GPUs (--gpu)": devices.kind != "cpu",
+            "tensor parallelism (-tp)": devices.count > 1 or "-tp " in flags,
+            "quantized checkpoints (--quantization)": self.quantization is not None
+            or "--quantization " in flags,
+        }
+        return tuple(part for part, is_needed in needed.items() if is_needed)
 
     @property
     def total_usable(self) -> int:
@@ -121,7 +133,7 @@ class MemoryPlan:
         """The plan as plain data, for JSON."""
         data = asdict(self)
         data["sequences"] = {str(length): count for length, count in self.sequences.items()}
-        return {"fits": self.fits, "holds_longest": self.holds_longest, "total_usable": self.total_usable,
+        return {"fits": self.fits, "holds_longest": self.holds_longest, "cannot_run_yet": self.cannot_run_yet, "total_usable": self.total_usable,
                 "total_kv_memory": self.total_kv_memory, "total_weights": self.weights.total_bytes, **data}  # fmt: skip
 
     def to_text(self) -> str:

@@ -30,7 +30,9 @@ def readable_count(count: int) -> str:
 
 def plan_text(plan: MemoryPlan) -> str:
     """Verdict first, then the sums, then what to turn."""
-    return "\n".join([*_title(plan), "", *_sums(plan), "", *_pool(plan), *_remedies(plan), "", FOOTNOTE])
+    return "\n".join(
+        [*_title(plan), "", *_sums(plan), "", *_pool(plan), *_remedies(plan), "", *_not_yet(plan), FOOTNOTE]
+    )
 
 
 FOOTNOTE = "1 GB = 10^9 bytes. Activations and runtime are estimates; see --json for every number."
@@ -55,6 +57,11 @@ def _title(plan: MemoryPlan) -> Iterator[str]:
         )
     else:
         yield f"does not fit: {readable_bytes(plan.missing * devices.count)} are missing"
+
+
+def _not_yet(plan: MemoryPlan) -> Iterator[str]:
+    if plan.cannot_run_yet:
+        yield f"This version sizes but cannot run yet: {', '.join(plan.cannot_run_yet)}."
 
 
 def _sums(plan: MemoryPlan) -> Iterator[str]:
@@ -120,7 +127,8 @@ def _pool(plan: MemoryPlan) -> Iterator[str]:
                 if number > chosen.max_num_seqs
                 else ""
             )
-            yield f"{number:>10,} sequences of {length:,} tokens{longest}{capped}"
+            noun = "sequence " if number == 1 else "sequences"
+            yield f"{number:>10,} {noun} of {length:,} tokens{longest}{capped}"
         for note in chosen.notes:
             yield f"note: {note}"
 

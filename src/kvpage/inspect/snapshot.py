@@ -12,7 +12,8 @@ from kvpage.sched.scheduler import Scheduler
 
 BlockUse: TypeAlias = Literal["free", "cached", "used", "shared"]
 """free: nothing of worth. cached: no sequence holds it, the prefix index may still hand it out. used: one
-sequence holds it. shared: several do."""
+sequence holds it. shared: several do. ``cached_blocks`` of an engine's ``stats()`` counts used and shared blocks
+that the prefix index knows, too: ``BlockView.cached``."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
