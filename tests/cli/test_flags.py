@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import fields
+from pathlib import Path
 
 import pytest
 
@@ -16,6 +17,7 @@ from kvpage.cli.engine_flags import (
     engine_options,
     sampling_params,
 )
+from kvpage.cli.flag_names import with_flags
 from kvpage.cli.flags import field_help
 from kvpage.cli.parser import CommandParser, UsageError, human_integer
 from kvpage.config import EngineOptions
@@ -130,7 +132,17 @@ def test_too_many_words_suggest_quotes() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "number"), [("4096", 4096), ("4k", 4000), ("4K", 4096), ("1.5k", 1500), ("2M", 2**21)]
+    ("text", "number"),
+    [
+        ("4096", 4096),
+        ("4k", 4000),
+        ("4K", 4096),
+        ("1.5k", 1500),
+        ("-1.5k", -1500),
+        ("2M", 2**21),
+        ("9007199254740993", 9007199254740993),
+        ("18446744073709551615", 2**64 - 1),
+    ],
 )
 def test_integers_as_people_write_them(text: str, number: int) -> None:
     assert human_integer(text) == number
@@ -150,6 +162,82 @@ def test_sampling_flags_make_sampling_params() -> None:
     params = sampling_params(namespace, max_tokens=7)
     assert params == SamplingParams(max_tokens=7, temperature=0.5, stop=["a", "b"], logit_bias={5: -1.0},
                                     ignore_eos=True, stop_token_ids=[3, 4], seed=9)  # fmt: skip
+
+
+def test_a_request_s_seed_is_no_option_of_the_engine() -> None:
+    namespace = parser().parse_arguments(["--seed", "-1"])
+    assert engine_options(namespace) == {}
+    assert sampling_params(namespace) == SamplingParams(seed=-1)
+
+
+@pytest.mark.parametrize("text", ["none", "None"])
+def test_none_is_a_value_where_the_help_says_so(text: str) -> None:
+    namespace = parser().parse_arguments(["--max-tokens", text, "--timeout", text, "--max-num-seqs", text])
+    params = sampling_params(namespace, max_tokens=77)
+    assert (params.max_tokens, params.timeout) == (None, None)
+    assert engine_options(namespace) == {"max_num_seqs": None}
+    assert "none = as many as" in " ".join(parser().format_help().split())
+
+
+def test_none_is_refused_where_there_is_no_such_value() -> None:
+    with pytest.raises(UsageError, match="not a whole number"):
+        options("--max-logprobs", "none")
+
+
+def test_a_list_takes_one_value_a_flag_and_leaves_the_prompt_alone() -> None:
+    made = CommandParser("kvpage test", "")
+    made.add_argument("prompts", nargs="*")
+    add_sampling_flags(made, max_tokens=None)
+    namespace = made.parse_arguments(["--allowed-token-ids", "27", "--allowed-token-ids", "28", "hi"])
+    assert namespace.prompts == ["hi"]
+    assert sampling_params(namespace) == SamplingParams(allowed_token_ids=[27, 28])
+
+
+def test_each_penalty_explains_itself() -> None:
+    text = " ".join(parser().format_help().split())
+    assert "subtracted once from" in text
+    assert "as often as" in text
+
+
+def test_a_second_model_is_refused() -> None:
+    with pytest.raises(UsageError, match="two models are named, this and --model that"):
+        chosen_model(parser().parse_arguments(["this", "--model", "that"]))
+
+
+def test_a_chat_template_is_text_or_the_name_of_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "template.jinja"
+    file.write_text("{{ messages }} from a file", encoding="utf-8")
+    assert options("--chat-template", str(file)) == {"chat_template": "{{ messages }} from a file"}
+    assert options("--chat-template", "{% if a %}b{% endif %}") == {"chat_template": "{% if a %}b{% endif %}"}
+
+
+def test_a_template_file_that_is_not_there_is_no_template(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"nosuch\.jinja: there is no such file"):
+        options("--chat-template", "nosuch.jinja")
+    with pytest.raises(UsageError, match="cannot be read"):
+        options("--chat-template", str(tmp_path))
+    with pytest.raises(UsageError, match="cannot be read"):
+        options("--chat-template", "x" * 5000)
+
+
+@pytest.mark.parametrize(
+    ("message", "told"),
+    [
+        ("max_model_len=9 is beyond 8: use allow_long_max_model_len=True", "--max-model-len 9 is beyond 8: use --allow-long-max-model-len"),
+        ("n=2 with temperature=0, or more", "--n 2 with --temperature 0, or more"),
+        ("temperature must be above 0", "--temperature must be above 0"),
+        ("device='cuda': none", "--device cuda: none"),
+        ("enable_prefix_caching=False", "--no-enable-prefix-caching"),
+        ("stop at the model's seed", "stop at the model's seed"),
+        ("a/max_tokens and --max-num-seqs=3", "a/max_tokens and --max-num-seqs=3"),
+    ],
+)  # fmt: skip
+def test_errors_name_the_flag_that_was_typed(message: str, told: str) -> None:
+    assert with_flags(message, sampling=True) == told
+
+
+def test_a_command_without_sampling_flags_names_none() -> None:
+    assert with_flags("max_tokens=3, block_size=2", sampling=False) == "max_tokens=3, --block-size 2"
 
 
 def test_sampling_flags_are_held_to_their_ranges() -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from kvpage import Engine
+from kvpage import Engine, KvpageError
 from kvpage.cli.engine_flags import add_engine_flags, engine_options
 from kvpage.cli.main import main
 from kvpage.cli.parser import CommandParser
@@ -55,6 +55,30 @@ def test_the_machine_it_runs_on_is_the_default(checkpoint: str, capsys: pytest.C
     status, data = plan(capsys, checkpoint, "--device", "cpu")
     assert status == 0
     assert data["devices"]["memory"] > 2**28
+
+
+def test_a_plan_says_what_this_version_cannot_run_yet(
+    llama_2_70b: str, checkpoint: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, split = plan(capsys, llama_2_70b, "--gpu", "80GB", "-tp", "2", "--quantization", "awq")
+    parts = ["GPUs (--gpu)", "tensor parallelism (-tp)", "quantized checkpoints (--quantization)"]
+    assert split["cannot_run_yet"] == parts
+    _, advised = plan(capsys, llama_2_70b, "--gpu", "40GB", "-tp", "4", "--gpu-memory-utilization", "0.8")
+    assert (advised["quantization"], advised["cannot_run_yet"]) == (None, parts)
+    _, here = plan(capsys, checkpoint, "--device", "cpu", "--memory", "16GiB")
+    assert here["cannot_run_yet"] == []
+    main(["plan", llama_2_70b, "--gpu", "80GB", "-tp", "2"])
+    assert "cannot run yet: GPUs (--gpu), tensor parallelism (-tp)." in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "options", [{"device": "cuda"}, {"tensor_parallel_size": 2}, {"quantization": "awq"}]
+)
+def test_what_a_plan_says_cannot_run_is_refused_by_the_engine(
+    checkpoint: str, options: dict[str, Any]
+) -> None:
+    with pytest.raises(KvpageError):
+        Engine(checkpoint, load_format="dummy", num_kv_blocks=8, **options)
 
 
 @pytest.mark.parametrize(

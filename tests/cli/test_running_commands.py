@@ -101,7 +101,7 @@ def test_stats_tell_tokens_and_time_on_stderr(checkpoint: str, capsys: pytest.Ca
     ("arguments", "word"),
     [
         (["hi", "--temperature", "0", "--n", "2"], "--n 2"),
-        (["hi", "--max-model-len", "100000"], "256"),
+        (["hi", "--max-model-len", "100000"], "or --allow-long-max-model-len to"),
         (["hi", "--chat", "--raw"], "not allowed with"),
         ([""], "empty"),
         (["hi", "--model", "./nowhere"], "nowhere"),
@@ -128,6 +128,15 @@ def test_a_piped_chat_answers_each_line_with_what_was_said_before(
         engine.chat(messages, SamplingParams(max_tokens=6, temperature=0), progress=False)[0].outputs[0].text
     )
     assert capsys.readouterr().out == f"{first}\n{second}\n{first}\n"
+
+
+def test_a_piped_chat_that_could_not_ask_a_line_is_status_1(
+    checkpoint: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO(f"{'x' * 500}\none\n"))
+    assert main(["chat", checkpoint, *QUIET, "--max-tokens", "2"]) == 1
+    assert capsys.readouterr().err.count("/reset") == 1
+    assert main(["chat", checkpoint, *QUIET, "--quick", "x" * 500]) == 2
 
 
 def test_a_system_message_begins_a_new_conversation(
@@ -205,6 +214,39 @@ def test_inspect_gives_the_same_as_json(checkpoint: str, capsys: pytest.CaptureF
     assert {sequence["request_id"] for sequence in data["sequences"]} == {
         f"request-{index}" for index in range(6)
     }
+
+
+@pytest.mark.parametrize(("blocks", "words"), [("64", ", 0 preemptions, "), ("11", ", 1 preemption, ")])
+def test_inspect_counts_in_words(
+    checkpoint: str, blocks: str, words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["inspect", checkpoint, *QUIET, "--num-kv-blocks", blocks, "--requests", "2"]) == 0
+    assert words in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("flags", [("--step", "-1"), ("--prefix-len", "-1"), ("--requests", "0")])
+def test_inspect_refuses_numbers_without_sense(
+    flags: tuple[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["inspect", *flags]) == 2
+    assert f"{flags[0]} must be at least" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("inspect", "--step", "2"),
+        ("bench", "latency", "--num-iters", "1", "--num-iters-warmup", "0"),
+        ("bench", "throughput", "--num-prompts", "1"),
+        ("bench", "throughput", "--num-prompts", "1", "--async-engine"),
+    ],
+)
+def test_a_model_without_tokenizer_can_be_measured(
+    checkpoint: str, tmp_path: Path, command: tuple[str, ...]
+) -> None:
+    (tmp_path / "config.json").write_bytes((Path(checkpoint) / "config.json").read_bytes())
+    lengths = ("--output-len", "2", *(() if command[0] == "inspect" else ("--input-len", "3")))
+    assert main([*command, *lengths, "--model", str(tmp_path), *QUIET]) == 0
 
 
 @pytest.mark.parametrize("extra", [[], ["--async-engine"]])

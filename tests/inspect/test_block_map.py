@@ -94,6 +94,19 @@ def test_blocks_of_a_finished_request_stay_cached_and_nothing_is_lost() -> None:
     assert sum(counts.values()) == 32
 
 
+def test_the_summary_counts_cached_blocks_as_the_block_manager_does() -> None:
+    scheduler = make_scheduler()
+    submit(scheduler, "gone", list(range(9)), max_tokens=1)
+    run_to_the_end(scheduler)
+    submit(scheduler, "held", list(range(50, 63)))
+    steps(scheduler, 1)
+    block_map = take_snapshot(scheduler)
+    kept, known = states(block_map)["cached"], scheduler.snapshot().groups[0].blocks
+    cached = sum(block.cached for block in known)
+    assert (kept, cached) == (2, 5)
+    assert f"{kept} kept for a prefix hit ({cached} with those in use)" in block_map.to_text()
+
+
 def test_a_waiting_sequence_is_listed_without_slot_and_blocks() -> None:
     scheduler = make_scheduler()
     submit(scheduler, "later", [1, 2, 3])

@@ -6,9 +6,12 @@ import argparse
 import difflib
 import re
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from kvpage.errors import KvpageError
+
+if TYPE_CHECKING:
+    from _typeshed import SupportsWrite
 
 DASHES = {"\u2013": "an en dash", "\u2014": "an em dash", "\u2212": "a minus sign"}
 FLAG_WITH_DASH = re.compile(r"[-\u2013\u2014\u2212]{1,2}[A-Za-z][\w\u2013\u2014\u2212-]*(=.*)?", re.DOTALL)
@@ -51,6 +54,10 @@ class CommandParser(argparse.ArgumentParser):
         if unknown:
             self.error(self._unknown(unknown[0]))
         return namespace
+
+    def print_help(self, file: SupportsWrite[str] | None = None) -> None:
+        """argparse's own hides that the output cannot be written."""
+        print(self.format_help(), end="", file=file)
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(f"{self.prog}: {message} (see {self.prog} --help)")
