@@ -22,8 +22,11 @@ NOT_ENGINE_FLAGS = ("model", "prefix_cache_key")
 """The model is a command's own argument; a secret key does not belong on a command line."""
 
 NOT_SAMPLING_FLAGS = ("detokenize",)
-ENGINE_HELP = {"scheduling_policy": '"fcfs" or "priority"'}
-"""Where the docstring names Python objects."""
+ENGINE_HELP = {
+    "scheduling_policy": '"fcfs" or "priority"',
+    "chat_template": "a template, or the name of a file with one, in place of the model's own",
+}
+"""Where a flag takes something else than the option."""
 
 SAMPLING_HELP = {
     "presence_penalty": "in [-2, 2]; subtracted once from the logit of every token that the output holds",
