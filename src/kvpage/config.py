@@ -96,7 +96,7 @@ class EngineOptions:
     allow_long_max_model_len: bool = False
     max_num_seqs: int | None = None
     max_num_batched_tokens: int | None = None
-    scheduling_policy: str = "fcfs"
+    scheduling_policy: Any = "fcfs"
     max_num_queued_reqs: int | None = None
     max_num_queued_tokens: int | None = None
     long_prefill_token_threshold: int = 0

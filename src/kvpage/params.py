@@ -30,8 +30,8 @@ class SamplingParams:
         min_p: keep tokens at least min_p times as likely as the likeliest, in [0, 1].
         repetition_penalty: > 0; divides positive and multiplies negative logits of every token seen in prompt
             or output (CTRL, arXiv:1909.05858).
-        presence_penalty, frequency_penalty: in [-2, 2]; subtracted once, or once a count, from logits of
-            tokens seen in the output.
+        presence_penalty: in [-2, 2]; subtracted once from the logit of every token that the output holds.
+        frequency_penalty: in [-2, 2]; subtracted from the logit of a token as often as the output holds it.
         logit_bias: token id -> added to its logit, clamped to [-100, 100].
         allowed_token_ids: if given, no other token may be chosen.
         bad_words: strings that must not appear in the output.

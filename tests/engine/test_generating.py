@@ -184,7 +184,9 @@ def test_an_id_in_use_is_refused_and_its_owner_goes_on(engine: Engine) -> None:
 
 
 def test_aborting_an_unknown_id_does_nothing(engine: Engine) -> None:
+    handle = engine.submit("Paged", GREEDY)
     engine.abort("never seen")
+    assert handle.result().outputs[0].finish_reason == "length"
 
 
 def test_metrics_tell_what_a_request_cost(make_engine: MakeEngine) -> None:

@@ -28,12 +28,6 @@ ENGINE_HELP = {
 }
 """Where a flag takes something else than the option."""
 
-SAMPLING_HELP = {
-    "presence_penalty": "in [-2, 2]; subtracted once from the logit of every token that the output holds",
-    "frequency_penalty": "in [-2, 2]; subtracted from the logit of a token as often as the output holds it",
-}
-"""Where one sentence of the docstring covers two flags."""
-
 
 def add_model_argument(parser: CommandParser) -> None:
     """``MODEL`` by position or as ``--model``."""
@@ -101,8 +95,7 @@ def template_text(value: str) -> str:
 def add_sampling_flags(parser: CommandParser, *, max_tokens: int | None) -> None:
     """Every sampling parameter as a flag; ``max_tokens`` is the command's own default."""
     add_flags(
-        parser, SamplingParams, title="sampling", skip=NOT_SAMPLING_FLAGS, defaults={"max_tokens": max_tokens},
-        texts=SAMPLING_HELP,
+        parser, SamplingParams, title="sampling", skip=NOT_SAMPLING_FLAGS, defaults={"max_tokens": max_tokens}
     )  # fmt: skip
 
 
