@@ -76,7 +76,8 @@ for use in (synchronous, synchronous, asynchronous, unclosed, asynchronous, died
     for name in before:
         taken, kept = (peak[name] - before[name]) / MIB, (sizes()[name] - before[name]) / MIB
         assert taken > 90, (use.__name__, name, taken)
-        assert kept < 32, (use.__name__, name, kept)
+        # Only close() also empties the heap's store of free pages, of which glibc keeps up to 64 MiB.
+        assert kept < (96 if use is unclosed else 32), (use.__name__, name, kept)
 print("returned")
 """
 

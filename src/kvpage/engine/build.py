@@ -37,7 +37,7 @@ from kvpage.errors import CheckpointError, ConfigError, PluginError, RequestErro
 from kvpage.inspect.machine import available_memory, total_memory
 from kvpage.loading.hub import resolve as resolve_model
 from kvpage.loading.locate import find_folder
-from kvpage.loading.memory import Arena
+from kvpage.loading.memory import Arena, trim_heap
 from kvpage.loading.readers import DummyView, ModuleView, open_checkpoint
 from kvpage.loading.weights import load_weights
 from kvpage.models.decoder import Decoder
@@ -308,7 +308,12 @@ def _core(
         blocks,
     )
     listeners = [_make_listener(record) for record in registry.event_listeners()]
-    core = EngineCore(scheduler, blocks, LocalExecutor(runner), tokenizer, Listeners(listeners), arena.close)
+
+    def release() -> None:
+        arena.close()
+        trim_heap()
+
+    core = EngineCore(scheduler, blocks, LocalExecutor(runner), tokenizer, Listeners(listeners), release)
     if not options.disable_log_stats:
         core.listeners.add(StatsLog(core.stats))
     return core

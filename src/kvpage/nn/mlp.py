@@ -21,6 +21,9 @@ ACTIVATIONS: Mapping[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "relu2": lambda x: F.relu(x).square_(),
 }
 
+ROWS_AT_ONCE = 512
+"""Rows whose inner activations exist at one time: they bound the peak, and stay in the cache."""
+
 
 class MLP:
     """[T, H] -> [T, H], a new tensor: down(act(gate(x)) * up(x)), or down(act(up(x))) where not gated."""
@@ -37,6 +40,11 @@ class MLP:
         self._down = build_linear(weights, f"{prefix}.down", env)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        if x.shape[0] <= ROWS_AT_ONCE:
+            return self._compute(x)
+        return torch.cat([self._compute(rows) for rows in x.split(ROWS_AT_ONCE)])
+
+    def _compute(self, x: torch.Tensor) -> torch.Tensor:
         if self._gated:
             gate, up = self._inner(x)
             return self._down.forward(self._act(gate).mul_(up))
