@@ -217,7 +217,7 @@ def test_generation_defaults_take_what_is_sound_and_leave_junk(tmp_path: Path) -
     }
     (tmp_path / "generation_config.json").write_text(json.dumps(stated))
     assert GenerationDefaults.from_folder(tmp_path) == GenerationDefaults(
-        temperature=0.6, top_k=20, eos_token_ids=(3, 4), do_sample=True
+        temperature=0.6, top_k=20, eos_token_ids=(3, 4)
     )
     (tmp_path / "generation_config.json").write_text("{")
     assert GenerationDefaults.from_folder(tmp_path) == GenerationDefaults()

@@ -26,7 +26,6 @@ from kvpage.config import (
     ModelFacts,
     Resolved,
     resolve,
-    resolve_context,
     resolve_dtype,
 )
 from kvpage.engine.core import EngineCore
@@ -41,6 +40,7 @@ from kvpage.loading.memory import Arena, trim_heap
 from kvpage.loading.readers import DummyView, ModuleView, open_checkpoint
 from kvpage.loading.weights import load_weights
 from kvpage.models.decoder import Decoder
+from kvpage.models.define import define
 from kvpage.models.hf_config import GenerationDefaults, HFConfig
 from kvpage.nn.rotary import build_rope
 from kvpage.params import NEUTRAL
@@ -59,12 +59,11 @@ LOG = logging.getLogger("kvpage")
 
 @dataclass(frozen=True, slots=True)
 class EngineParts:
-    """A built engine: what steps, what makes requests, every resolved value, and the backend's choice."""
+    """A built engine: what steps, what makes requests, and every resolved value."""
 
     core: EngineCore
     inputs: InputProcessor
     config: Resolved
-    backend: BackendChoice
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,13 +83,14 @@ def build_engine(options: EngineOptions, plugins: PluginRegistry | None) -> Engi
             f"plugins must be a PluginRegistry, got {plugins!r:.80}: PluginRegistry(plugins=[...])"
         )
     source = find_model(options)
-    definition, context = define(options, source, registry)
+    definition, context = define_model(options, source, registry)
     spec = definition.spec
     device = find_device(options.device)
     dtype = resolve_dtype(options, source.config.dtype or "float32")
     choice = registry.select_attention_backend(
         attention_need(options, spec, device, dtype), options.attention_backend
     )
+    LOG.debug("attention backends:\n%s", choice.explain())
     arena = Arena()
     try:
         view = _view(options, source, definition)
@@ -146,7 +146,7 @@ def build_engine(options: EngineOptions, plugins: PluginRegistry | None) -> Engi
     stated = {name: getattr(generation, name) for name in NEUTRAL}
     defaults = stated if options.generation_config == "auto" else {}
     inputs = InputProcessor(tokenizer, templates, limits, defaults, options.seed)
-    return EngineParts(core, inputs, config, choice)
+    return EngineParts(core, inputs, config)
 
 
 def find_model(options: EngineOptions) -> Source:
@@ -170,7 +170,9 @@ def living_config(model: Any) -> HFConfig:
     return HFConfig(stated, source=type(model).__name__)
 
 
-def define(options: EngineOptions, source: Source, registry: PluginRegistry) -> tuple[ModelDefinition, int]:
+def define_model(
+    options: EngineOptions, source: Source, registry: PluginRegistry
+) -> tuple[ModelDefinition, int]:
     """(the model as data, its context length)."""
     config = source.config
     if config.quantization is not None:
@@ -183,11 +185,7 @@ def define(options: EngineOptions, source: Source, registry: PluginRegistry) -> 
         raise ConfigError(
             f"quantization={options.quantization!r}: no quantization scheme is installed; leave it out"
         )
-    record = registry.model_for(config.architectures)
-    translate = load(record)
-    context = cast(ModelDefinition, translate(config, max_model_len=None)).spec.max_position
-    max_model_len, _ = resolve_context(options, context)
-    return cast(ModelDefinition, translate(config, max_model_len=max_model_len)), context
+    return define(load(registry.model_for(config.architectures)), config, options)
 
 
 def find_device(name: str) -> str:

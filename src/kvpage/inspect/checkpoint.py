@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from typing import cast
-
-from kvpage.api.model import ModelDefinition
-from kvpage.config import EngineOptions, resolve_context
+from kvpage.config import EngineOptions
 from kvpage.inspect.model_size import PlannedModel, read_headers
 from kvpage.loading.locate import find_folder
+from kvpage.models.define import define
 from kvpage.models.hf_config import HFConfig
 from kvpage.plugins import PluginRegistry, load
 
@@ -21,10 +19,7 @@ def planned_model(options: EngineOptions, registry: PluginRegistry) -> PlannedMo
     """
     folder = find_folder(options, weights=False)
     config = HFConfig.from_folder(folder)
-    translate = load(registry.model_for(config.architectures))
-    definition = cast(ModelDefinition, translate(config, max_model_len=None))
-    length, _ = resolve_context(options, definition.spec.max_position)
-    definition = cast(ModelDefinition, translate(config, max_model_len=length))
+    definition, _ = define(load(registry.model_for(config.architectures)), config, options)
     return PlannedModel(
         name=str(options.model),
         spec=definition.spec,

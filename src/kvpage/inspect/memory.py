@@ -41,10 +41,6 @@ CPU_RUNTIME = 350_000_000
 SAMPLER_COPIES = 3
 """float32 matrices of the size of the logits that are alive at once: logits, probabilities, sort order."""
 
-ACTIVATION_FORMULA = (
-    "max_num_batched_tokens x (4 x hidden + the wider of attention and feed-forward) in the model's dtype "
-    "+ 3 x max_num_seqs x vocabulary in float32"
-)
 LENGTHS = (512, 2048, 4096)
 """Sequence lengths that a plan counts sequences of, beside ``max_model_len``."""
 
@@ -142,7 +138,9 @@ class MemoryPlan:
 
 
 def activation_bytes(spec: DecoderSpec, *, dtype: str, tokens: int, rows: int, ranks: int) -> int:
-    """Peak of a step's temporaries on one device, as ``ACTIVATION_FORMULA`` says.
+    """Peak of a step's temporaries on one device, estimated as
+    max_num_batched_tokens x (4 x hidden + the wider of attention and feed-forward) in the model's dtype
+    + SAMPLER_COPIES x max_num_seqs x vocabulary in float32.
 
     Attention is taken to keep no score matrix. ``tokens`` of a step, ``rows`` whose logits are needed.
     """

@@ -190,13 +190,11 @@ class HFConfig:
 class GenerationDefaults:
     """Sampling defaults that a checkpoint states in generation_config.json; ``None`` = it does not say."""
 
-    do_sample: bool | None = None
     temperature: float | None = None
     top_k: int | None = None
     top_p: float | None = None
     min_p: float | None = None
     repetition_penalty: float | None = None
-    max_new_tokens: int | None = None
     eos_token_ids: tuple[int, ...] = ()
 
     @classmethod
@@ -221,15 +219,12 @@ class GenerationDefaults:
             value = number(key)
             return int(value) if value is not None and value.is_integer() else None
 
-        sample = data.get("do_sample")
         return cls(
-            do_sample=sample if isinstance(sample, bool) else None,
             temperature=number("temperature"),
             top_k=whole("top_k"),
             top_p=number("top_p"),
             min_p=number("min_p"),
             repetition_penalty=number("repetition_penalty"),
-            max_new_tokens=whole("max_new_tokens"),
             eos_token_ids=token_ids(data.get("eos_token_id")),
         )
 

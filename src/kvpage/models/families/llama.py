@@ -23,8 +23,6 @@ from kvpage.models.translation import (
     weight_map,
 )
 
-ARCHITECTURES: tuple[str, ...] = ("LlamaForCausalLM",)
-
 
 def translate(cfg: HFConfig, *, max_model_len: int | None) -> ModelDefinition:
     """``cfg`` as a model; ``max_model_len`` only fixes the frequencies of dynamic and longrope.

@@ -6,8 +6,6 @@ from kvpage.api.model import ModelDefinition
 from kvpage.models.families.llama import llama_like
 from kvpage.models.hf_config import HFConfig
 
-ARCHITECTURES: tuple[str, ...] = ("MistralForCausalLM",)
-
 DEFAULT_WINDOW = 4096
 DEFAULT_KV_HEADS = 8
 

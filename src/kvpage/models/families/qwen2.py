@@ -7,8 +7,6 @@ from kvpage.errors import CheckpointError
 from kvpage.models.families.llama import llama_like
 from kvpage.models.hf_config import HFConfig
 
-ARCHITECTURES: tuple[str, ...] = ("Qwen2ForCausalLM",)
-
 DEFAULT_WINDOW = 4096
 DEFAULT_WINDOW_START = 28
 DEFAULT_KV_HEADS = 32

@@ -7,8 +7,6 @@ from kvpage.models.families.llama import llama_like
 from kvpage.models.families.qwen2 import DEFAULT_KV_HEADS, layer_windows
 from kvpage.models.hf_config import HFConfig
 
-ARCHITECTURES: tuple[str, ...] = ("Qwen3ForCausalLM",)
-
 DEFAULT_HEAD_DIM = 128
 
 
