@@ -59,7 +59,8 @@ class EngineOptions:
         max_model_len: most tokens of a sequence, prompt included; ``None`` = the model's context.
         allow_long_max_model_len: accept a ``max_model_len`` beyond the model's context.
         max_num_seqs: sequences that run at once. max_num_batched_tokens: tokens of one step.
-        scheduling_policy: "fcfs", "priority", or a ``kvpage.sched.policy.Policy`` object.
+        scheduling_policy: "fcfs", "priority", the name of a plugin's, or a ``kvpage.api.scheduling.SchedulingPolicy``
+            object.
         max_num_queued_reqs, max_num_queued_tokens: limits of the waiting queue.
         long_prefill_token_threshold: most tokens of one prompt in one step; 0 = no such limit.
         block_size: tokens a KV block; ``None`` = what the attention backend prefers.

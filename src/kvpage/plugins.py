@@ -19,6 +19,7 @@ from kvpage.api.records import (
     LogitsProcessorRecord,
     ModelRecord,
     Record,
+    SchedulingPolicyRecord,
 )
 from kvpage.errors import CheckpointError, ConfigError, PluginError
 
@@ -99,6 +100,9 @@ class PluginRegistry:
 
     def event_listeners(self) -> list[EventListenerRecord]:
         return self._all(EventListenerRecord)
+
+    def scheduling_policies(self) -> list[SchedulingPolicyRecord]:
+        return self._all(SchedulingPolicyRecord)
 
     def cli_commands(self) -> list[CliCommandRecord]:
         return self._all(CliCommandRecord)
@@ -220,6 +224,7 @@ _HOOKS: dict[str, type[Record]] = {
     "kvpage_models": ModelRecord,
     "kvpage_logits_processors": LogitsProcessorRecord,
     "kvpage_event_listeners": EventListenerRecord,
+    "kvpage_scheduling_policies": SchedulingPolicyRecord,
     "kvpage_cli_commands": CliCommandRecord,
 }
 

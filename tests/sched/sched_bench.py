@@ -7,11 +7,12 @@ from collections.abc import Sequence
 from fake_runner import Draw, FakeRunner
 
 from kvpage import SamplingParams
+from kvpage.api.scheduling import SchedulingPolicy
 from kvpage.cache.manager import BlockManager
 from kvpage.cache.tables import GroupConfig
 from kvpage.sched.admission import SchedulerConfig
 from kvpage.sched.plan import StepPlan
-from kvpage.sched.policy import Policy
+from kvpage.sched.policy import FirstComeFirstServed
 from kvpage.sched.scheduler import Scheduler
 from kvpage.sched.sequence import Request
 from kvpage.sched.sequence import Sequence as Choice
@@ -32,7 +33,7 @@ class Bench:
         seqs: int = 8,
         tokens: int = 64,
         length: int = 128,
-        policy: str | Policy = "fcfs",
+        policy: SchedulingPolicy | None = None,
         draw: Draw = lambda seed, position, stream, known: 1000 + position,
         caching: bool = True,
         queued_reqs: int | None = None,
@@ -43,7 +44,9 @@ class Bench:
         self.now = 0.0
         self.blocks = BlockManager(block_size=block_size, groups=groups, enable_prefix_caching=caching)
         self.scheduler = Scheduler(
-            SchedulerConfig(seqs, tokens, length, policy, queued_reqs, queued_tokens, threshold),
+            SchedulerConfig(
+                seqs, tokens, length, policy or FirstComeFirstServed(), queued_reqs, queued_tokens, threshold
+            ),
             self.blocks,
             clock=lambda: self.now,
         )

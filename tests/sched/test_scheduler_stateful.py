@@ -12,11 +12,13 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from kvpage import SamplingParams
+from kvpage.api.scheduling import SchedulingPolicy
 from kvpage.cache.manager import BlockManager
 from kvpage.cache.tables import GroupConfig
 from kvpage.errors import RequestError
 from kvpage.sched.admission import SchedulerConfig
 from kvpage.sched.plan import StepPlan
+from kvpage.sched.policy import FirstComeFirstServed, PriorityFirst
 from kvpage.sched.scheduler import Scheduler
 from kvpage.sched.sequence import Request, Sequence
 from kvpage.sched.step import Commit
@@ -93,7 +95,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         blocks=st.integers(3, 12),
         max_num_seqs=st.sampled_from([1, 3, 4, 6, 8]),
         max_num_batched_tokens=st.sampled_from([1, 5, 16, 64, 64]),
-        policy=st.sampled_from(["fcfs", "priority"]),
+        policy=st.sampled_from([FirstComeFirstServed(), PriorityFirst()]),
         caching=st.sampled_from([True, True, True, False]),
         threshold=st.sampled_from([0, 0, 4]),
     )
@@ -104,7 +106,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         blocks: int,
         max_num_seqs: int,
         max_num_batched_tokens: int,
-        policy: str,
+        policy: SchedulingPolicy,
         caching: bool,
         threshold: int,
     ) -> None:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 from sched_bench import Bench, rows
 
+from kvpage.api.scheduling import ScheduledRequest, SchedulingPolicy
 from kvpage.cache.tables import GroupConfig
 from kvpage.sched.plan import StepResult
-from kvpage.sched.sequence import Request
+from kvpage.sched.policy import PriorityFirst
 
 
 def test_nothing_to_do_is_no_plan() -> None:
@@ -119,7 +120,7 @@ def test_who_waits_leaves_a_block_to_each_that_still_grows() -> None:
 
 
 def test_nobody_is_let_in_by_a_step_that_preempts() -> None:
-    bench = Bench(blocks=5, block_size=4, policy="priority", caching=False)
+    bench = Bench(blocks=5, block_size=4, policy=PriorityFirst(), caching=False)
     bench.submit(8, priority=1, max_tokens=8)
     victim = bench.submit(8, priority=2, max_tokens=8)
     bench.step()
@@ -130,7 +131,7 @@ def test_nobody_is_let_in_by_a_step_that_preempts() -> None:
 
 
 def test_a_lower_priority_number_goes_first_and_ties_go_by_arrival() -> None:
-    bench = Bench(seqs=1, policy="priority")
+    bench = Bench(seqs=1, policy=PriorityFirst())
     names = {"late": 1, "first": 0, "urgent": -1, "second": 0}
     for name, priority in names.items():
         bench.submit(3, name=name, priority=priority, max_tokens=1)
@@ -138,9 +139,9 @@ def test_a_lower_priority_number_goes_first_and_ties_go_by_arrival() -> None:
     assert [s.request.request_id for s in bench.finished] == ["urgent", "first", "second", "late"]
 
 
-def test_a_policy_may_be_any_object_with_a_key() -> None:
-    class ShortestPromptFirst:
-        def key(self, request: Request) -> int:
+def test_a_policy_of_ones_own_decides_who_is_first() -> None:
+    class ShortestPromptFirst(SchedulingPolicy):
+        def key(self, request: ScheduledRequest) -> int:
             return len(request.prompt_token_ids)
 
     bench = Bench(seqs=1, policy=ShortestPromptFirst())
@@ -176,7 +177,7 @@ def test_who_asks_for_a_block_gives_way_itself_when_it_is_the_last_in_order() ->
 
 
 def test_by_priority_the_least_urgent_gives_way_though_it_came_first() -> None:
-    bench = Bench(blocks=6, block_size=4, policy="priority", caching=False)
+    bench = Bench(blocks=6, block_size=4, policy=PriorityFirst(), caching=False)
     lazy, urgent = bench.submit(8, priority=5, max_tokens=16), bench.submit(8, priority=1, max_tokens=16)
     bench.drain()
     assert (lazy.preemptions, urgent.preemptions) == (1, 0)

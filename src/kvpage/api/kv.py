@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import TYPE_CHECKING, Literal, TypeAlias
+
+if TYPE_CHECKING:
+    import torch
 
 KVKind: TypeAlias = Literal["full", "window", "latent", "state"]
 
@@ -52,3 +57,23 @@ class BlockCopy:
     group: int
     source: int
     target: int
+
+
+class KVConnector(ABC):
+    """Moves blocks out of an engine's cache and back (to the host, a disk, another engine).
+
+    Provisional: it may change until the first one lands. Blocks are named by their digest, the engine's name for
+    a block's tokens and all before them.
+    """
+
+    @abstractmethod
+    def match(self, digests: Sequence[bytes]) -> int:
+        """How many of the leading blocks it can give back."""
+
+    @abstractmethod
+    def load(self, digest: bytes, group: int, layer: int) -> torch.Tensor:
+        """One layer's block, of the KV tensor's shape without dimension 0."""
+
+    @abstractmethod
+    def store(self, digest: bytes, group: int, layer: int, block: torch.Tensor) -> None:
+        """Keep one layer's block; ``block`` is valid during the call."""

@@ -14,14 +14,19 @@ from kvpage.api.kv import KVGroupSpec
 if TYPE_CHECKING:
     import torch
 
+    from kvpage.api.decoder import KVGroupStep
     from kvpage.api.quant import LinearKernel, WeightForm
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class NormSpec:
-    """kind "rms" (arXiv:1910.07467), "rms1p" (scales by 1 + weight, Gemma), "layer" (with ``bias`` or not)."""
+    """What x is divided and scaled by.
 
-    kind: Literal["rms", "rms1p", "layer"]
+    ``kind``: "rms" (arXiv:1910.07467), "rms32" (the same, rounded to the model's dtype after the weight instead of
+    before, OLMo-2), "rms1p" (scales by 1 + weight, rounded likewise, Gemma), "layer" (with ``bias`` or not).
+    """
+
+    kind: Literal["rms", "rms32", "rms1p", "layer"]
     eps: float
     bias: bool = False
 
@@ -32,7 +37,7 @@ class RopeSpec:
 
     Attributes:
         kind: transformers' rope_type: "default", "linear", "dynamic", "yarn", "longrope", "llama3".
-        theta: base. rotary_dim: elements of a head that turn.
+        theta: base. rotary_dim: elements of a head that turn; of an odd number, one more does.
         interleaved: pairs (2i, 2i+1) instead of (i, i + rotary_dim/2).
         max_position: positions the frequencies are computed for (``max_model_len``; dynamic and longrope).
         parameters: the other values of ``rope_parameters`` as the checkpoint states them.
@@ -48,10 +53,14 @@ class RopeSpec:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class QKNormSpec:
-    """Norm of q and k before rope: over each head's elements (Qwen3) or over all heads at once (OLMo-2)."""
+    """Norm of q and k before rope.
+
+    ``over``: each head's elements, with one weight for all heads ("head", Qwen3) or one a head ("each_head", Cohere;
+    layer norms without bias only); or the elements of all heads at once ("all", OLMo-2).
+    """
 
     norm: NormSpec
-    over: Literal["head", "all"] = "head"
+    over: Literal["head", "each_head", "all"] = "head"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -112,13 +121,8 @@ class MixerSpec(Protocol):
     """Any other token mixer: a plugin's own spec type, which builds the torch code that runs it."""
 
     @property
-    def kv_group(self) -> int:
-        """The KV group that holds its cache."""
-        ...
-
-    @property
-    def kv_index(self) -> int:
-        """Its place among the layers of that group."""
+    def attention(self) -> AttentionSpec:
+        """The paged attention through which it mixes: what it hands to ``ctx.attend``, and where its K and V live."""
         ...
 
     def parameters(self, hidden_size: int) -> Mapping[str, tuple[int, ...]]:
@@ -184,21 +188,55 @@ class DecoderSpec:
     head: HeadSpec
     kv_groups: tuple[KVGroupSpec, ...]
 
+    @property
+    def attention(self) -> tuple[AttentionSpec, ...]:
+        """The paged attention of each layer, in order."""
+        mixers = (layer.mixer for layer in self.layers)
+        return tuple(mixer if isinstance(mixer, AttentionSpec) else mixer.attention for mixer in mixers)
+
+
+class PagedModelSpec(Protocol):
+    """What the engine itself knows of a model, however it is computed: enough to page its KV.
+
+    A ``DecoderSpec`` is one; so is a model that runs through transformers' own code.
+    """
+
+    @property
+    def family(self) -> str: ...
+    @property
+    def vocab_size(self) -> int: ...
+    @property
+    def hidden_size(self) -> int: ...
+    @property
+    def max_position(self) -> int: ...
+    @property
+    def kv_groups(self) -> tuple[KVGroupSpec, ...]: ...
+    @property
+    def attention(self) -> tuple[AttentionSpec, ...]: ...
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class WeightRef:
     """Where a parameter lies in a checkpoint: tensor ``name``.
 
     Attributes:
+        other_name: what the tensor is called where ``name`` is not there (GPT-NeoX: "lm_head" in memory).
         rows: [start, stop) of the outputs where several parameters share one tensor (Phi-3's qkv).
         every: ``rows`` repeats: of every ``every`` outputs, those in ``rows`` (GPT-NeoX: q, k, v a head).
         transpose: stored [in, out] (GPT-2); ``rows`` then counts columns of the stored tensor.
+        index: the parameter lies in this entry of a tensor that has one more dimension, its first: all experts
+            of a layer in one tensor [experts, out, in]. The other fields then describe the entry.
+        otherwise: where the parameter lies in a checkpoint that has no tensor ``name``. One model's checkpoints
+            may have several layouts: experts have a tensor each on disk, and one for all in transformers' memory.
     """
 
     name: str
     rows: tuple[int, int] | None = None
     every: int | None = None
     transpose: bool = False
+    other_name: str | None = None
+    index: int | None = None
+    otherwise: WeightRef | None = None
 
 
 WeightMap: TypeAlias = Mapping[str, WeightRef]
@@ -243,6 +281,10 @@ class StepContext(Protocol):
         sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Rotate q [T, Hq, D] and k [T, Hkv, D], store k and v [T, Hkv, Dv], attend: [T, Hq, Dv]."""
+        ...
+
+    def group(self, index: int) -> KVGroupStep:
+        """KV group ``index`` during this step, for a decoder backend that reaches the cache itself."""
         ...
 
 

@@ -77,8 +77,12 @@ def _attention(prefix: str, spec: AttentionSpec, hidden: int) -> Iterator[Parame
     if spec.qk_norm is not None:
         heads_of = {"q": spec.num_heads, "k": spec.num_kv_heads}
         for part, heads in heads_of.items():
-            size = spec.head_dim if spec.qk_norm.over == "head" else heads * spec.head_dim
-            yield from _norm(f"{prefix}.{part}_norm", spec.qk_norm.norm, size)
+            shapes = {
+                "head": (spec.head_dim,),
+                "each_head": (heads, spec.head_dim),
+                "all": (heads * spec.head_dim,),
+            }
+            yield from _norm(f"{prefix}.{part}_norm", spec.qk_norm.norm, *shapes[spec.qk_norm.over])
     if spec.sinks:
         yield _single(f"{prefix}.sinks", (spec.num_heads,), "other")
     yield from _linears(prefix, "out", {"out": hidden}, spec.num_heads * spec.v_head_dim, spec.out_bias)
@@ -111,11 +115,11 @@ def _linears(
             yield Parameter(f"{prefix}.{part}.bias", (size,), "bias", f"{prefix}.{block}.bias")
 
 
-def _norm(prefix: str, norm: NormSpec | None, size: int) -> Iterator[Parameter]:
+def _norm(prefix: str, norm: NormSpec | None, *shape: int) -> Iterator[Parameter]:
     if norm is not None:
-        yield _single(f"{prefix}.weight", (size,), "norm")
+        yield _single(f"{prefix}.weight", shape, "norm")
         if norm.bias:
-            yield _single(f"{prefix}.bias", (size,), "bias")
+            yield _single(f"{prefix}.bias", shape, "bias")
 
 
 def _single(name: str, shape: tuple[int, ...], kind: ParameterKind) -> Parameter:

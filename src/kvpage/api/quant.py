@@ -7,9 +7,9 @@ device; a kernel computes a form and never knows the file.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 if TYPE_CHECKING:
     import torch
@@ -46,7 +46,11 @@ class CheckpointView(Protocol):
         ...
 
     def slices(self, name: str, start: int, stop: int) -> Iterator[torch.Tensor]:
-        """Rows [start, stop) of dimension 0, in consecutive pieces; each is valid until the next is taken."""
+        """Rows [start, stop), in consecutive pieces; each is valid until the next is taken.
+
+        Rows are counted along all dimensions but the last: expert e of a tensor [experts, out, in] has the rows
+        e * out to (e + 1) * out. A tensor of one dimension has its elements as rows.
+        """
         ...
 
     def where(self, name: str) -> str:
@@ -74,9 +78,16 @@ class TensorSpec:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LinearSpec:
-    """One linear layer: kvpage's name without ``.weight``, and its sizes."""
+    """One matrix as the checkpoint stores it, which may hold several of kvpage's parameters (a fused q, k, v).
+
+    Attributes:
+        name: the module's name in the checkpoint ("model.layers.0.self_attn.q_proj"); tensors are ``name.suffix``.
+        parameters: kvpage's names of the parameters it holds ("layers.0.attention.q.weight").
+        in_features, out_features: its whole size.
+    """
 
     name: str
+    parameters: tuple[str, ...]
     in_features: int
     out_features: int
 
@@ -92,6 +103,30 @@ class WeightForm(ABC):
     @abstractmethod
     def dequantize(self) -> torch.Tensor:
         """The exact float32 values this form stands for, of ``shape``; a new tensor."""
+
+    @abstractmethod
+    def map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> WeightForm:
+        """The same form with each of its tensors replaced by ``change(tensor)``: to move or to re-house it."""
+
+    @abstractmethod
+    def take(self, rows: torch.Tensor) -> WeightForm:
+        """The outputs ``rows`` (int64 [n]) of this form, as a form of its own kind."""
+
+    def tensors(self) -> list[torch.Tensor]:
+        """Every tensor it holds."""
+        found: list[torch.Tensor] = []
+
+        def note(tensor: torch.Tensor) -> torch.Tensor:
+            found.append(tensor)
+            return tensor
+
+        self.map(note)
+        return found
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its tensors."""
+        return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors())
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -109,6 +144,40 @@ class Dense(WeightForm):
 
     def dequantize(self) -> torch.Tensor:
         return self.tensor.float().clone()
+
+    def map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Dense:
+        return Dense(change(self.tensor))
+
+    def take(self, rows: torch.Tensor) -> Dense:
+        return Dense(self.tensor[rows])
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class ChannelInt8(WeightForm):
+    """weight[o, i] = codes[o, i] * scales[o]: one scale an output (LLM.int8(), arXiv:2208.07339, without outliers).
+
+    Attributes:
+        codes: int8 [out, in], contiguous. scales: float32 [out].
+        activation: "none": x stays as it is; "per-token": the format was made for int8 x, one scale a row, and a
+            kernel may compute so.
+    """
+
+    codes: torch.Tensor
+    scales: torch.Tensor
+    activation: Literal["none", "per-token"] = "none"
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.codes.shape)
+
+    def dequantize(self) -> torch.Tensor:
+        return self.codes.float().mul_(self.scales.unsqueeze(1))
+
+    def map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> ChannelInt8:
+        return replace(self, codes=change(self.codes), scales=change(self.scales))
+
+    def take(self, rows: torch.Tensor) -> ChannelInt8:
+        return replace(self, codes=self.codes[rows], scales=self.scales[rows])
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -139,7 +208,11 @@ class LinearKernel(ABC):
 
 
 class QuantScheme(ABC):
-    """A checkpoint format for linear weights (GPTQ, AWQ, ...)."""
+    """A checkpoint format for linear weights (GPTQ, AWQ, ...), or a way to quantize plain ones while they load."""
+
+    quantizes_plain: ClassVar[bool] = False
+    """``True``: it reads no format of its own. Each plain weight is given to ``to_form`` as {"weight": [out, in]}
+    of the checkpoint's dtype, whatever way the checkpoint stores it, and ``config`` is empty."""
 
     @classmethod
     @abstractmethod
@@ -152,8 +225,14 @@ class QuantScheme(ABC):
 
     @abstractmethod
     def tensors(self, linear: LinearSpec, view: CheckpointView) -> Mapping[str, TensorSpec]:
-        """The tensors that hold ``linear``: suffix of the name in the checkpoint -> what it must be."""
+        """The tensors that hold ``linear``: suffix of the name in the checkpoint ("qweight") -> what it must be.
+
+        Empty: this matrix is stored plain (the head, a router, a module the format leaves out).
+        """
 
     @abstractmethod
     def to_form(self, linear: LinearSpec, tensors: Mapping[str, torch.Tensor]) -> WeightForm:
-        """The form those tensors stand for; ``tensors`` has the keys that ``tensors()`` gave."""
+        """The form those tensors stand for, of shape (out, in); ``tensors`` has the keys that ``tensors()`` gave.
+
+        They may be views of the file: the form must hold none of them as they are unless ``map`` may replace it.
+        """

@@ -16,6 +16,9 @@ class Record:
     Attributes:
         name: unique among records of its kind; users choose by it.
         factory: "package.module:Name".
+        needs: modules besides the plugin's own that the factory imports ("fastapi"); where one is not installed
+            the record is listed with ``install`` and never chosen.
+        install: what to type then: "pip install 'kvpage-mychip[driver]'".
 
     Raises:
         PluginError: name or factory are malformed.
@@ -23,13 +26,15 @@ class Record:
 
     name: str
     factory: str
+    needs: tuple[str, ...] = ()
+    install: str = ""
 
     def __post_init__(self) -> None:
-        if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", self.name):
+        if not isinstance(self.name, str) or not re.fullmatch(r"[A-Za-z0-9][\w.-]*", self.name):
             raise PluginError(
                 f"{type(self).__name__} has the name {self.name!r}: use letters, digits, '-', '_', '.'"
             )
-        if not re.fullmatch(r"[\w.]+:\w+", self.factory):
+        if not isinstance(self.factory, str) or not re.fullmatch(r"[\w.]+:\w+", self.factory):
             raise PluginError(
                 f"{type(self).__name__} {self.name!r} has the factory {self.factory!r}: "
                 "it must look like 'package.module:Name'"
@@ -40,6 +45,51 @@ class Record:
 class AttentionBackendRecord(Record):
     """``factory`` names a subclass of ``kvpage.api.attention.AttentionBackend``. Where several fit, the highest
     ``priority`` is taken, then the first name."""
+
+    priority: int = 0
+    summary: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecoderBackendRecord(Record):
+    """``factory`` names a subclass of ``kvpage.api.decoder.DecoderBackend``. Where several fit, the highest
+    ``priority`` is taken, then the first name; the torch decoder has -100."""
+
+    priority: int = 0
+    summary: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointReaderRecord(Record):
+    """``factory`` names a subclass of ``kvpage.api.checkpoint.CheckpointReader``.
+
+    ``files``: shell patterns; the reader is taken for a folder that holds a file matching one of them, or for
+    such a file itself ("*.gguf"). The first name in the order of registration wins; ``load_format`` names one.
+    """
+
+    files: tuple[str, ...]
+    summary: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantizationSchemeRecord(Record):
+    """``factory`` names a subclass of ``kvpage.api.quant.QuantScheme``.
+
+    Attributes:
+        methods: values of a checkpoint's ``quantization_config.quant_method`` that it reads; empty for a scheme
+            that only quantizes plain weights while they load (``quantization=name``).
+        bits: of a stored weight, without its scales: what ``kvpage plan`` counts before there are files.
+    """
+
+    methods: tuple[str, ...] = ()
+    bits: float = 16.0
+    summary: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinearKernelRecord(Record):
+    """``factory`` names a subclass of ``kvpage.api.quant.LinearKernel``. Each weight goes to the first kernel that
+    supports its form, by ``priority`` (highest first), then name; the reference has -100."""
 
     priority: int = 0
     summary: str = ""
@@ -59,6 +109,23 @@ class LogitsProcessorRecord(Record):
 
 
 @dataclass(frozen=True, kw_only=True)
+class ProposerRecord(Record):
+    """``factory`` names a ``kvpage.api.speculative.Proposer`` class. Provisional: listed, not yet used."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SchedulingPolicyRecord(Record):
+    """``factory`` names a ``kvpage.api.scheduling.SchedulingPolicy`` class; ``scheduling_policy=name`` takes it."""
+
+    summary: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class KVConnectorRecord(Record):
+    """``factory`` names a ``kvpage.api.kv.KVConnector`` class. Provisional: listed, not yet used."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class EventListenerRecord(Record):
     """``factory`` names a ``kvpage.api.events.EventListener`` class; every engine makes one."""
 
@@ -68,3 +135,14 @@ class CliCommandRecord(Record):
     """``factory`` names a function (argv: list[str]) -> exit status; ``help`` is its line in ``kvpage --help``."""
 
     help: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class HookRecord(Record):
+    """A hook that a plugin adds for other plugins to implement (``kvpage_addhooks``).
+
+    ``name`` is the hook's ("kvpage_server_routes"), ``factory`` names the record class that its implementations
+    return, ``summary`` says what for. The hook takes no arguments; ``PluginRegistry.records`` reads it.
+    """
+
+    summary: str = ""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from kvpage import hookimpl
-from kvpage.api.records import AttentionBackendRecord, ModelRecord
+from kvpage.api.records import AttentionBackendRecord, ModelRecord, SchedulingPolicyRecord
 
 
 @hookimpl
@@ -21,14 +21,41 @@ def kvpage_attention_backends() -> list[AttentionBackendRecord]:
 @hookimpl
 def kvpage_models() -> list[ModelRecord]:
     families = {
+        "gpt2": ("GPT2LMHeadModel",),
+        "gpt_neox": ("GPTNeoXForCausalLM",),
         "llama": ("LlamaForCausalLM",),
         "mistral": ("MistralForCausalLM",),
+        "mixtral": ("MixtralForCausalLM",),
+        "olmoe": ("OlmoeForCausalLM",),
+        "opt": ("OPTForCausalLM",),
+        "phi": ("PhiForCausalLM",),
+        "phi3": ("Phi3ForCausalLM",),
         "qwen2": ("Qwen2ForCausalLM",),
+        "qwen2_moe": ("Qwen2MoeForCausalLM",),
         "qwen3": ("Qwen3ForCausalLM",),
+        "qwen3_moe": ("Qwen3MoeForCausalLM",),
+        "stablelm": ("StableLmForCausalLM",),
+        "starcoder2": ("Starcoder2ForCausalLM",),
     }
     return [
         ModelRecord(
             name=name, factory=f"kvpage.models.families.{name}:translate", architectures=architectures
         )
         for name, architectures in families.items()
+    ]
+
+
+@hookimpl
+def kvpage_scheduling_policies() -> list[SchedulingPolicyRecord]:
+    return [
+        SchedulingPolicyRecord(
+            name="fcfs",
+            factory="kvpage.sched.policy:FirstComeFirstServed",
+            summary="in the order of submission",
+        ),
+        SchedulingPolicyRecord(
+            name="priority",
+            factory="kvpage.sched.policy:PriorityFirst",
+            summary="lower priority first, then in the order of submission",
+        ),
     ]

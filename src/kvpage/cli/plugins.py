@@ -72,7 +72,7 @@ def explain(arguments: Sequence[str]) -> int:
     options = EngineOptions(model=chosen_model(namespace), **engine_options(namespace))
 
     with undivided():
-        from kvpage.engine.build import attention_need  # torch, as the backends themselves
+        from kvpage.engine.backends import attention_need  # torch, as the backends themselves
     from kvpage.inspect.checkpoint import planned_model
 
     registry = PluginRegistry()

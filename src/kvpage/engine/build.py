@@ -7,46 +7,44 @@ import logging
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, cast
 
 import torch
 
-from kvpage.api.attention import AttentionEnv, AttentionNeed
 from kvpage.api.events import EventListener
-from kvpage.api.model import AttentionSpec, DecoderEnv, DecoderSpec, ModelDefinition
-from kvpage.api.quant import CheckpointView
+from kvpage.api.model import DecoderEnv, DecoderSpec
 from kvpage.api.records import Record
 from kvpage.cache.manager import BlockManager
 from kvpage.cache.tables import GroupConfig
 from kvpage.config import (
     EngineOptions,
-    GroupFacts,
-    MachineFacts,
     ModelFacts,
     Resolved,
     resolve,
     resolve_dtype,
 )
+from kvpage.engine.backends import (
+    attention_need,
+    find_device,
+    find_policy,
+    group_facts,
+    machine_facts,
+    make_kv_store,
+)
 from kvpage.engine.core import EngineCore
 from kvpage.engine.executor import LocalExecutor
 from kvpage.engine.inputs import ChatTemplates, InputLimits, InputProcessor
+from kvpage.engine.source import Source, define_model, find_model, open_weights
 from kvpage.engine.stats import Listeners, StatsLog
-from kvpage.errors import CheckpointError, ConfigError, PluginError, RequestError
-from kvpage.inspect.machine import available_memory, total_memory
+from kvpage.errors import ConfigError, PluginError, RequestError
 from kvpage.loading.hub import resolve as resolve_model
-from kvpage.loading.locate import find_folder
 from kvpage.loading.memory import Arena, trim_heap
-from kvpage.loading.readers import DummyView, ModuleView, open_checkpoint
 from kvpage.loading.weights import load_weights
 from kvpage.models.decoder import Decoder
-from kvpage.models.define import define
-from kvpage.models.hf_config import GenerationDefaults, HFConfig
-from kvpage.nn.rotary import build_rope
+from kvpage.models.hf_config import GenerationDefaults
 from kvpage.params import NEUTRAL
-from kvpage.plugins import BackendChoice, PluginRegistry, load
+from kvpage.plugins import PluginRegistry, load
 from kvpage.runner.batch import BatchBuilder
-from kvpage.runner.kvstore import KVStore
 from kvpage.runner.runner import ModelRunner
 from kvpage.sample.sampler import Sampler
 from kvpage.sched.admission import SchedulerConfig
@@ -64,15 +62,6 @@ class EngineParts:
     core: EngineCore
     inputs: InputProcessor
     config: Resolved
-
-
-@dataclass(frozen=True, slots=True)
-class Source:
-    """Where a model comes from: a folder, or a living transformers model."""
-
-    folder: Path | None
-    module: Any
-    config: HFConfig
 
 
 def build_engine(options: EngineOptions, plugins: PluginRegistry | None) -> EngineParts:
@@ -93,7 +82,7 @@ def build_engine(options: EngineOptions, plugins: PluginRegistry | None) -> Engi
     LOG.debug("attention backends:\n%s", choice.explain())
     arena = Arena()
     try:
-        view = _view(options, source, definition)
+        view = open_weights(options, source, definition)
         weights = load_weights(definition, view, dtype=getattr(torch, dtype), device=device, arena=arena)
         for warning in weights.warnings:
             LOG.warning("%s", warning)
@@ -110,7 +99,7 @@ def build_engine(options: EngineOptions, plugins: PluginRegistry | None) -> Engi
         processors: dict[str, Callable[[], Any]] = {r.name: load(r) for r in registry.logits_processors()}
         runner = ModelRunner(
             model,
-            _kv_store(spec, choice, config, arena),
+            make_kv_store(spec, choice, config, arena),
             BatchBuilder(
                 max_num_seqs=config.max_num_seqs,
                 max_num_batched_tokens=config.max_num_batched_tokens,
@@ -149,132 +138,6 @@ def build_engine(options: EngineOptions, plugins: PluginRegistry | None) -> Engi
     return EngineParts(core, inputs, config)
 
 
-def find_model(options: EngineOptions) -> Source:
-    """The folder or object that ``options.model`` names, and its config."""
-    model = options.model
-    if not isinstance(model, (str, os.PathLike)):
-        if not hasattr(model, "state_dict") or not hasattr(model, "config"):
-            raise ConfigError(
-                f"model must be a folder, a hub id, 'demo' or a transformers model, got {model!r:.80}"
-            )
-        return Source(None, model, living_config(model))
-    folder = find_folder(options)
-    return Source(folder, None, HFConfig.from_folder(folder))
-
-
-def living_config(model: Any) -> HFConfig:
-    """The config of a transformers model in memory; a model made from a config alone states neither its own
-    class nor the dtype of its weights."""
-    dtype = next(iter(model.state_dict().values())).dtype
-    stated = {**model.config.to_dict(), "architectures": [type(model).__name__], "dtype": str(dtype)}
-    return HFConfig(stated, source=type(model).__name__)
-
-
-def define_model(
-    options: EngineOptions, source: Source, registry: PluginRegistry
-) -> tuple[ModelDefinition, int]:
-    """(the model as data, its context length)."""
-    config = source.config
-    if config.quantization is not None:
-        method = config.quantization.get("quant_method", "unknown")
-        raise CheckpointError(
-            f"{config.source} is quantized ({method}) and no loader for that is installed: "
-            "use the unquantized checkpoint"
-        )
-    if options.quantization is not None:
-        raise ConfigError(
-            f"quantization={options.quantization!r}: no quantization scheme is installed; leave it out"
-        )
-    return define(load(registry.model_for(config.architectures)), config, options)
-
-
-def find_device(name: str) -> str:
-    """A torch device string.
-
-    Raises:
-        ConfigError: unknown, or not available in this process.
-    """
-    if name == "auto":
-        return "cpu"
-    if name == "cpu":
-        return name
-    raise ConfigError(
-        f"device={name!r}: only 'cpu' (or 'auto') has a backend so far; GPU backends have not landed"
-    )
-
-
-def attention_need(options: EngineOptions, spec: DecoderSpec, device: str, dtype: str) -> AttentionNeed:
-    """What the model asks of an attention backend."""
-    layers = [layer.mixer for layer in spec.layers if isinstance(layer.mixer, AttentionSpec)]
-    features = {
-        "window": any(m.window is not None for m in layers),
-        "softcap": any(m.softcap is not None for m in layers),
-        "sinks": any(m.sinks for m in layers),
-        "v_head_dim": any(m.v_head_dim != m.head_dim for m in layers),
-    }
-    return AttentionNeed(
-        device=torch.device(device).type,
-        dtype=dtype,
-        kv_dtype=dtype if options.kv_cache_dtype == "auto" else options.kv_cache_dtype,
-        head_dims=frozenset(m.head_dim for m in layers),
-        block_size=options.block_size,
-        features=frozenset(name for name, needed in features.items() if needed),
-    )
-
-
-def group_facts(spec: DecoderSpec) -> list[GroupFacts]:
-    """The spec's KV groups, as far as memory goes."""
-    return [
-        GroupFacts(elements_per_token=group.bytes_per_token(1), window=group.window)
-        for group in spec.kv_groups
-    ]
-
-
-def machine_facts(device: str) -> MachineFacts:
-    """Memory of the machine, as it is now."""
-    return MachineFacts(device=device, available=available_memory(), total=total_memory())
-
-
-def _view(options: EngineOptions, source: Source, definition: ModelDefinition) -> CheckpointView:
-    if source.folder is None:
-        return ModuleView(source.module)
-    if options.load_format == "dummy":
-        return DummyView(definition)
-    return open_checkpoint(source.folder)
-
-
-def _kv_store(spec: DecoderSpec, choice: BackendChoice, config: Resolved, arena: Arena) -> KVStore:
-    def env(index: int) -> AttentionEnv:
-        group = spec.kv_groups[index]
-        heads = next(
-            layer.mixer.num_heads
-            for layer in spec.layers
-            if isinstance(layer.mixer, AttentionSpec) and layer.mixer.kv_group == index
-        )
-        return AttentionEnv(
-            device=config.device,
-            dtype=config.dtype,
-            kv_dtype=config.kv_dtype,
-            num_heads=heads,
-            num_kv_heads=group.num_kv_heads,
-            head_dim=group.head_dim,
-            v_head_dim=group.v_head_dim,
-            block_size=config.block_size,
-            num_blocks=config.num_blocks[index] + 1,
-            max_num_seqs=config.max_num_seqs,
-            max_num_batched_tokens=config.max_num_batched_tokens,
-            max_model_len=config.max_model_len,
-        )
-
-    return KVStore(
-        spec,
-        choice.backend,
-        env=env,
-        allocate=arena.allocate,
-        rope=lambda wanted: build_rope(wanted, config.max_model_len, config.device),
-    )
-
-
 def _core(
     options: EngineOptions,
     registry: PluginRegistry,
@@ -298,7 +161,7 @@ def _core(
             max_num_seqs=config.max_num_seqs,
             max_num_batched_tokens=config.max_num_batched_tokens,
             max_model_len=config.max_model_len,
-            policy=options.scheduling_policy,
+            policy=find_policy(options.scheduling_policy, registry),
             max_num_queued_reqs=options.max_num_queued_reqs,
             max_num_queued_tokens=options.max_num_queued_tokens,
             long_prefill_token_threshold=options.long_prefill_token_threshold,

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 import torch
 
+from kvpage.api.decoder import DecoderBackend
 from kvpage.api.model import (
     AttentionSpec,
     DecoderEnv,
@@ -23,6 +24,13 @@ from kvpage.nn.linear import dense, make_kernel
 from kvpage.nn.mlp import MLP
 from kvpage.nn.moe import MoE
 from kvpage.nn.norm import Norm, build_norm
+
+
+class TorchDecoder(DecoderBackend):
+    """The decoder backend that takes every spec, with any attention backend."""
+
+    def build(self, spec: DecoderSpec, weights: Mapping[str, WeightForm], env: DecoderEnv) -> Decoder:
+        return Decoder(spec, weights, env)
 
 
 class Decoder:

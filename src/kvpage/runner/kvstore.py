@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 import torch
 
 from kvpage.api.attention import AttentionBackend, AttentionBatch, AttentionEnv, AttentionLayer, Rope
+from kvpage.api.decoder import KVGroupStep
 from kvpage.api.kv import BlockCopy
-from kvpage.api.model import AttentionSpec, DecoderSpec, RopeSpec
-from kvpage.errors import CheckpointError
+from kvpage.api.model import AttentionSpec, PagedModelSpec, RopeSpec
 
 
 @dataclass(slots=True)
@@ -34,7 +34,7 @@ class KVStore:
 
     def __init__(
         self,
-        spec: DecoderSpec,
+        spec: PagedModelSpec,
         backend: type[AttentionBackend],
         *,
         env: Callable[[int], AttentionEnv],
@@ -52,7 +52,7 @@ class KVStore:
             built.append((wanted, rope(wanted)))
             return built[-1][1]
 
-        mixers = {(m.kv_group, m.kv_index): m for m in _attention_layers(spec)}
+        mixers = {(m.kv_group, m.kv_index): m for m in spec.attention}
         for index, group in enumerate(spec.kv_groups):
             runtime = GroupRuntime(backend(env(index)), [], [], [])
             layout = runtime.backend.kv_layout()
@@ -118,13 +118,8 @@ class PagedContext:
         group.backend.attend(q, kv, layer, batch, self._plans[spec.kv_group], out)
         return out
 
-
-def _attention_layers(spec: DecoderSpec) -> list[AttentionSpec]:
-    mixers = [layer.mixer for layer in spec.layers]
-    found = [mixer for mixer in mixers if isinstance(mixer, AttentionSpec)]
-    if len(found) != len(mixers):
-        other = next(type(m).__name__ for m in mixers if not isinstance(m, AttentionSpec))
-        raise CheckpointError(
-            f"{spec.family}: layers of type {other} keep no paged KV, which this engine needs"
+    def group(self, index: int) -> KVGroupStep:
+        group = self._groups[index]
+        return KVGroupStep(
+            group.backend, self._batches[index], self._plans[index], group.tensors, group.ropes
         )
-    return found

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+from kvpage.api.scheduling import SchedulingPolicy
 from kvpage.cache.manager import BlockManager
 from kvpage.errors import ConfigError, QueueFullError, RequestError
-from kvpage.sched.policy import Policy
+from kvpage.sched.policy import FirstComeFirstServed
 from kvpage.sched.sequence import Request
 
 MAX_TOKEN_ID = 2**31 - 1
@@ -22,7 +23,7 @@ class SchedulerConfig:
         max_num_batched_tokens: tokens a step. Never more sequences run than this, so that each that decodes
             gets its token in every step.
         max_model_len: tokens of a sequence, prompt and output.
-        policy: "fcfs", "priority" or an object.
+        policy: the order of requests.
         max_num_queued_reqs: requests that may wait beyond those that the free slots can take at once.
         max_num_queued_tokens: prompt tokens that may wait; a single prompt may wait whatever its length.
         long_prefill_token_threshold: most prompt tokens of one sequence a step; 0 = no such limit.
@@ -34,7 +35,7 @@ class SchedulerConfig:
     max_num_seqs: int
     max_num_batched_tokens: int
     max_model_len: int
-    policy: str | Policy = "fcfs"
+    policy: SchedulingPolicy = field(default_factory=FirstComeFirstServed)
     max_num_queued_reqs: int | None = None
     max_num_queued_tokens: int | None = None
     long_prefill_token_threshold: int = 0

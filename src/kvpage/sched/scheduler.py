@@ -13,7 +13,6 @@ from kvpage.sched.admission import QueueLimits, SchedulerConfig, longest_length
 from kvpage.sched.deadlines import Deadlines
 from kvpage.sched.invariants import check_sequences
 from kvpage.sched.plan import Admission, Fork, StepPlan, StepResult
-from kvpage.sched.policy import resolve_policy
 from kvpage.sched.queues import Queues
 from kvpage.sched.sequence import Request, Sequence
 from kvpage.sched.snapshot import SchedulerSnapshot, sequence_states
@@ -43,7 +42,7 @@ class Scheduler:
         self.blocks = blocks
         self.preemptions = 0
         self._clock = clock
-        self._policy = resolve_policy(config.policy)
+        self._policy = config.policy
         self._limits = QueueLimits(config)
         self._deadlines = Deadlines()
         self._requests: dict[str, Request] = {}

@@ -1,0 +1,45 @@
+"""The contract of a scheduling policy: which request comes first."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from kvpage.params import SamplingParams
+
+
+class ScheduledRequest(Protocol):
+    """What a policy may read of a request.
+
+    ``arrival``: seconds on the scheduler's clock at which it was submitted; ``priority``: lower goes first where
+    the policy cares; ``cache_salt``, ``adapter``: as the request gave them.
+    """
+
+    @property
+    def request_id(self) -> str: ...
+    @property
+    def prompt_token_ids(self) -> Sequence[int]: ...
+    @property
+    def params(self) -> SamplingParams: ...
+    @property
+    def arrival(self) -> float: ...
+    @property
+    def priority(self) -> int: ...
+    @property
+    def cache_salt(self) -> str | None: ...
+    @property
+    def adapter(self) -> str | None: ...
+
+
+class SchedulingPolicy(ABC):
+    """An order over requests. The last in order is the first to be preempted. One object serves one engine."""
+
+    @abstractmethod
+    def key(self, request: ScheduledRequest) -> Any:
+        """What requests are compared by, smaller first; read once, at submission, never changed.
+
+        Requests with equal keys go in the order of their submission. Keys of all requests must be comparable
+        with each other. An exception refuses that request, and no other.
+        """
