@@ -16,6 +16,11 @@ LLAMA3 = {
 LINEAR = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}
 DYNAMIC = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
 
+LONGROPE = {
+    "rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0, 1.1, 1.3, 1.6, 2.0, 2.5],
+    "long_factor": [1.0, 1.4, 2.0, 3.0, 4.5, 7.0],
+}  # fmt: skip
+
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("LlamaForCausalLM", {}),
     "llama, one KV head, tied, biases": (
@@ -35,4 +40,119 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         {"use_sliding_window": True, "sliding_window": 20, "max_window_layers": 1},
     ),
     "qwen3": ("Qwen3ForCausalLM", {"head_dim": 32}),
+    "mixtral, window": ("MixtralForCausalLM", {"num_local_experts": 5, "sliding_window": 37}),
+    "qwen2-moe, windows, every second layer sparse": (
+        "Qwen2MoeForCausalLM",
+        {
+            "num_experts": 7,
+            "num_experts_per_tok": 3,
+            "moe_intermediate_size": 32,
+            "shared_expert_intermediate_size": 48,
+            "decoder_sparse_step": 2,
+            "num_hidden_layers": 4,
+            "use_sliding_window": True,
+            "sliding_window": 20,
+        },
+    ),
+    "qwen3-moe, first layer plain": (
+        "Qwen3MoeForCausalLM",
+        {
+            "num_experts": 9,
+            "num_experts_per_tok": 4,
+            "moe_intermediate_size": 32,
+            "norm_topk_prob": True,
+            "head_dim": 32,
+            "mlp_only_layers": [0],
+        },
+    ),
+    "olmoe": ("OlmoeForCausalLM", {"num_experts": 8, "num_experts_per_tok": 3}),
+    "gpt2": ("GPT2LMHeadModel", {}),
+    "gpt2, scaled by layer, own inner size": (
+        "GPT2LMHeadModel",
+        {"scale_attn_by_inverse_layer_idx": True, "n_inner": 90, "num_attention_heads": 2},
+    ),
+    "gpt-neox": ("GPTNeoXForCausalLM", {"hidden_act": "gelu_fast"}),
+    "gpt-neox, one after the other, half turned, tied": (
+        "GPTNeoXForCausalLM",
+        {
+            "use_parallel_residual": False,
+            "rotary_pct": 0.5,
+            "attention_bias": False,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "opt": ("OPTForCausalLM", {"ffn_dim": 100, "init_std": 0.15}),
+    "phi": ("PhiForCausalLM", {"partial_rotary_factor": 0.4, "qk_layernorm": True}),
+    "phi3, window": ("Phi3ForCausalLM", {"sliding_window": 29}),
+    "phi3, partial longrope, tied": (
+        "Phi3ForCausalLM",
+        {
+            "partial_rotary_factor": 0.75,
+            "rope_parameters": LONGROPE,
+            "tie_word_embeddings": True,
+            "original_max_position_embeddings": 512,
+        },
+    ),
+    "stablelm": ("StableLmForCausalLM", {"use_qkv_bias": True}),
+    "stablelm, parallel": ("StableLmForCausalLM", {"use_parallel_residual": True, "num_key_value_heads": 1}),
+    "starcoder2": ("Starcoder2ForCausalLM", {}),
+    "starcoder2, window, no biases": ("Starcoder2ForCausalLM", {"use_bias": False, "sliding_window": 41}),
+    "gemma": ("GemmaForCausalLM", {"head_dim": 24, "num_key_value_heads": 1}),
+    "gemma2, windows, soft caps": (
+        "Gemma2ForCausalLM",
+        {
+            "head_dim": 20,
+            "sliding_window": 19,
+            "query_pre_attn_scalar": 24,
+            "attn_logit_softcapping": 4.0,
+            "final_logit_softcapping": 9.0,
+            "attn_implementation": "eager",
+        },
+    ),
+    "gemma3, windows, two ropes": (
+        "Gemma3ForCausalLM",
+        {
+            "head_dim": 24,
+            "sliding_window": 23,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+            "rope_parameters": {
+                "sliding_attention": {"rope_type": "default", "rope_theta": 5000.0},
+                "full_attention": {"rope_type": "linear", "rope_theta": 80000.0, "factor": 4.0},
+            },
+        },
+    ),
+    "cohere, norm on q and k": ("CohereForCausalLM", {"use_qk_norm": True, "logit_scale": 0.3}),
+    "cohere2, windows with rope, full layers without": (
+        "Cohere2ForCausalLM",
+        {
+            "sliding_window": 17,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        },
+    ),
+    "olmo2": ("Olmo2ForCausalLM", {"num_key_value_heads": 4, "attention_bias": True}),
+    "olmo3, windows, yarn in full layers": (
+        "Olmo3ForCausalLM",
+        {
+            "sliding_window": 21,
+            "layer_types": ["full_attention", "sliding_attention", "sliding_attention"],
+            "rope_parameters": {
+                "sliding_attention": {"rope_type": "default", "rope_theta": 7000.0},
+                "full_attention": YARN,
+            },
+        },
+    ),
+    "granite": (
+        "GraniteForCausalLM",
+        {
+            "embedding_multiplier": 6.0,
+            "attention_multiplier": 0.11,
+            "residual_multiplier": 0.45,
+            "logits_scaling": 3.0,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "smollm3, layers without rope, windows": (
+        "SmolLM3ForCausalLM",
+        {"no_rope_layer_interval": 2, "use_sliding_window": True, "sliding_window": 18},
+    ),
 }

@@ -220,21 +220,20 @@ class WeightRef:
     """Where a parameter lies in a checkpoint: tensor ``name``.
 
     Attributes:
-        other_name: what the tensor is called where ``name`` is not there (GPT-NeoX: "lm_head" in memory).
         rows: [start, stop) of the outputs where several parameters share one tensor (Phi-3's qkv).
         every: ``rows`` repeats: of every ``every`` outputs, those in ``rows`` (GPT-NeoX: q, k, v a head).
         transpose: stored [in, out] (GPT-2); ``rows`` then counts columns of the stored tensor.
         index: the parameter lies in this entry of a tensor that has one more dimension, its first: all experts
             of a layer in one tensor [experts, out, in]. The other fields then describe the entry.
         otherwise: where the parameter lies in a checkpoint that has no tensor ``name``. One model's checkpoints
-            may have several layouts: experts have a tensor each on disk, and one for all in transformers' memory.
+            may have several layouts: experts have a tensor each on disk, and one for all in transformers' memory;
+            GPT-NeoX's head has another name there.
     """
 
     name: str
     rows: tuple[int, int] | None = None
     every: int | None = None
     transpose: bool = False
-    other_name: str | None = None
     index: int | None = None
     otherwise: WeightRef | None = None
 

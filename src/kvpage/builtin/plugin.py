@@ -21,11 +21,19 @@ def kvpage_attention_backends() -> list[AttentionBackendRecord]:
 @hookimpl
 def kvpage_models() -> list[ModelRecord]:
     families = {
+        "cohere": ("CohereForCausalLM",),
+        "cohere2": ("Cohere2ForCausalLM",),
+        "gemma": ("GemmaForCausalLM",),
+        "gemma2": ("Gemma2ForCausalLM",),
+        "gemma3": ("Gemma3ForCausalLM", "Gemma3ForConditionalGeneration"),
         "gpt2": ("GPT2LMHeadModel",),
         "gpt_neox": ("GPTNeoXForCausalLM",),
+        "granite": ("GraniteForCausalLM",),
         "llama": ("LlamaForCausalLM",),
         "mistral": ("MistralForCausalLM",),
         "mixtral": ("MixtralForCausalLM",),
+        "olmo2": ("Olmo2ForCausalLM",),
+        "olmo3": ("Olmo3ForCausalLM",),
         "olmoe": ("OlmoeForCausalLM",),
         "opt": ("OPTForCausalLM",),
         "phi": ("PhiForCausalLM",),
@@ -34,6 +42,7 @@ def kvpage_models() -> list[ModelRecord]:
         "qwen2_moe": ("Qwen2MoeForCausalLM",),
         "qwen3": ("Qwen3ForCausalLM",),
         "qwen3_moe": ("Qwen3MoeForCausalLM",),
+        "smollm3": ("SmolLM3ForCausalLM",),
         "stablelm": ("StableLmForCausalLM",),
         "starcoder2": ("Starcoder2ForCausalLM",),
     }

@@ -102,7 +102,7 @@ class SafetensorsView:
         return self._files[name].read(name)
 
     def slices(self, name: str, start: int, stop: int) -> Iterator[torch.Tensor]:
-        file, tensor = self._files[name], _with_rows(self.read(name))
+        file, tensor = self._files[name], _as_rows(self.read(name))
         row_bytes = tensor[:1].numel() * tensor.element_size()
         for begin, end in _steps(start, stop, row_bytes):
             yield tensor[begin:end]
@@ -142,7 +142,7 @@ class ModuleView:
         return self._tensors[name]
 
     def slices(self, name: str, start: int, stop: int) -> Iterator[torch.Tensor]:
-        yield _with_rows(self._tensors[name])[start:stop]
+        yield _as_rows(self._tensors[name])[start:stop]
 
     def where(self, name: str) -> str:
         return f"the given {self._source}"
@@ -175,11 +175,11 @@ class DummyView:
         return self._infos[name]
 
     def read(self, name: str) -> torch.Tensor:
-        rows = _with_rows_shape(self._infos[name].shape)[0]
+        rows = _rows_shape(self._infos[name].shape)[0]
         return torch.cat(list(self.slices(name, 0, rows))).view(self._infos[name].shape)
 
     def slices(self, name: str, start: int, stop: int) -> Iterator[torch.Tensor]:
-        _, *rest = _with_rows_shape(self._infos[name].shape)
+        _, *rest = _rows_shape(self._infos[name].shape)
         generator = torch.Generator(device="cpu")
         generator.manual_seed(zlib.crc32(f"{name}:{start}".encode()))
         for begin, end in _steps(start, stop, math.prod(rest) * 4):
@@ -200,15 +200,17 @@ def _stored_shape(ref: WeightRef, shape: tuple[int, ...]) -> tuple[int, ...]:
         start, stop = ref.rows
         rows = stop if ref.every is None else shape[0] // (stop - start) * ref.every
     stored = (rows, *shape[1:])
-    return stored[::-1] if ref.transpose else stored
+    entry = stored[::-1] if ref.transpose else stored
+    return entry if ref.index is None else (ref.index + 1, *entry)
 
 
-def _with_rows(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor if tensor.dim() else tensor.reshape(1)
+def _as_rows(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.reshape(_rows_shape(tuple(tensor.shape)))
 
 
-def _with_rows_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
-    return shape or (1,)
+def _rows_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """``shape`` with all dimensions but the last made one."""
+    return (math.prod(shape[:-1]), shape[-1]) if len(shape) > 1 else shape or (1,)
 
 
 def _steps(start: int, stop: int, row_bytes: int) -> Iterator[tuple[int, int]]:

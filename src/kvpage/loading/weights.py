@@ -7,7 +7,7 @@ merged tensor, and the file's pages are let go behind the copy.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 
 import torch
@@ -19,7 +19,7 @@ from kvpage.errors import CheckpointError
 from kvpage.loading.memory import Arena
 
 FLOATS = frozenset({"float64", "float32", "float16", "bfloat16"})
-KNOWN_BUFFERS = (".inv_freq", ".masked_bias", ".attn.bias", "position_ids")
+KNOWN_BUFFERS = (".inv_freq", ".masked_bias", ".attn.bias", ".attention.bias", "position_ids")
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +120,7 @@ class _Loader:
         info = self._view.info(ref.name)
         if not _fits(info.shape, ref, parameter.shape):
             place = "" if ref.rows is None else f" in outputs {ref.rows[0]} to {ref.rows[1]}"
+            place += "" if ref.index is None else f" in entry {ref.index}"
             expected = list(parameter.shape[::-1] if ref.transpose else parameter.shape)
             raise CheckpointError(
                 f"{self._view.where(ref.name)}: tensor {ref.name!r} should have shape {expected}{place} by config.json, "
@@ -141,6 +142,7 @@ class _Loader:
             tensor = self._view.read(ref.name).detach()
             if ref.every is not None or tensor.dtype != self._dtype or tensor.device != self._device:
                 return None
+            tensor = tensor if ref.index is None else tensor[ref.index]
             tensor = tensor.t() if ref.transpose else tensor
             tensors.append(tensor if ref.rows is None else tensor[ref.rows[0] : ref.rows[1]])
         return tensors
@@ -161,17 +163,18 @@ class _Loader:
 
     def _fill(self, target: torch.Tensor, ref: WeightRef) -> None:
         """Read ``ref`` into ``target`` [out, ...]."""
-        stored = self._view.info(ref.name).shape
+        stored = _entry(self._view.info(ref.name).shape, ref)
+        first = 0 if ref.index is None else ref.index * stored[0]
         if ref.transpose:
             columns = _columns(ref, stored[1])
             at = 0
-            for piece in self._view.slices(ref.name, 0, stored[0]):
+            for piece in self._view.slices(ref.name, first, first + stored[0]):
                 target.t()[at : at + piece.shape[0]].copy_(piece[:, columns])
                 at += piece.shape[0]
             return
         at = 0
         for start, stop in _ranges(ref, stored[0]):
-            for piece in self._view.slices(ref.name, start, stop):
+            for piece in self._view.slices(ref.name, first + start, first + stop):
                 target[at : at + piece.shape[0]].copy_(piece)
                 at += piece.shape[0]
 
@@ -184,11 +187,17 @@ class _Loader:
 
 
 def _present(ref: WeightRef, names: Collection[str]) -> WeightRef:
-    """``ref``, or the same without the leading "model." where the checkpoint was saved from the bare model."""
-    bare = ref.name.removeprefix("model.")
-    if ref.name in names or bare not in names:
-        return ref
-    return WeightRef(name=bare, rows=ref.rows, every=ref.every, transpose=ref.transpose)
+    """``ref``, or its ``otherwise``, by the name that is there: its own, or the bare model's.
+
+    The bare model's names lack the first part ("model.", "transformer."). What is nowhere keeps its own name.
+    """
+    place: WeightRef | None = ref
+    while place is not None:
+        for name in (place.name, place.name.partition(".")[2]):
+            if name in names:
+                return replace(place, name=name)
+        place = place.otherwise
+    return ref
 
 
 def _count(parameter: Parameter) -> int:
@@ -198,8 +207,16 @@ def _count(parameter: Parameter) -> int:
     return count
 
 
+def _entry(stored: tuple[int, ...], ref: WeightRef) -> tuple[int, ...]:
+    """Shape of what ``ref`` takes its outputs from: the tensor, or one entry of it."""
+    return stored if ref.index is None else stored[1:]
+
+
 def _fits(stored: tuple[int, ...], ref: WeightRef, shape: tuple[int, ...]) -> bool:
-    outputs_first = stored[::-1] if ref.transpose else stored
+    if ref.index is not None and (not stored or ref.index >= stored[0]):
+        return False
+    entry = _entry(stored, ref)
+    outputs_first = entry[::-1] if ref.transpose else entry
     if ref.rows is None:
         return outputs_first == shape
     if outputs_first[1:] != shape[1:] or not outputs_first:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +17,7 @@ class MoE:
     """[T, H] -> [T, H], a new tensor: each token's ``top_k`` experts, weighted, plus the shared expert.
 
     Experts run one after another on the tokens routed to them, in order of expert: a token's sum is formed in
-    the same order whatever else is in the batch.
+    the same order whatever else is in the batch. It is formed in float32, as transformers does.
     """
 
     __slots__ = ("_experts", "_router", "_shared", "_shared_gate", "_spec")
@@ -36,24 +36,45 @@ class MoE:
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         scores, experts = self._route(x)
-        out = torch.zeros_like(x)
-        for expert in experts.unique().tolist():
-            rows, place = torch.where(experts == expert)
-            out.index_add_(0, rows, self._experts[expert](x[rows]) * scores[rows, place, None])
+        scores = scores.flatten()
+        total = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
+        for expert, chosen in self._assign(experts):
+            rows = chosen // self._spec.top_k
+            out = self._experts[expert](x[rows]).mul_(scores[chosen, None])
+            total.index_add_(0, rows, out.float())
+        routed = total.to(x.dtype)
         if self._shared is not None:
             shared = self._shared(x)
             if self._shared_gate is not None:
-                shared = shared.mul_(self._shared_gate.forward(x).sigmoid_())
-            out.add_(shared)
-        return out
+                shared = shared.mul_(_sigmoid(self._shared_gate.forward(x)))
+            routed.add_(shared)
+        return routed
 
     def _route(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Weights [T, top_k] of x's dtype, and experts int64 [T, top_k]."""
         logits = self._router.forward(x).float()
-        scores = F.softmax(logits, dim=-1) if self._spec.score == "softmax" else logits.sigmoid_()
+        scores = F.softmax(logits, dim=-1) if self._spec.score == "softmax" else _sigmoid(logits)
         chosen, experts = scores.topk(self._spec.top_k, dim=-1)
         if self._spec.renormalise:
             chosen = chosen / chosen.sum(dim=-1, keepdim=True)
         if self._spec.scale != 1.0:
             chosen = chosen * self._spec.scale
         return chosen.to(x.dtype), experts
+
+    def _assign(self, experts: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
+        """Each expert that is used, in order, with the places in ``experts`` (flattened) that name it, in order."""
+        flat = experts.flatten()
+        counts = flat.bincount(minlength=self._spec.num_experts).tolist()
+        places = flat.argsort(stable=True).split(counts)
+        for expert, count in enumerate(counts):
+            if count:
+                yield expert, places[expert]
+
+
+def _sigmoid(x: torch.Tensor) -> torch.Tensor:
+    """Sigmoid as the softmax of (x, 0).
+
+    torch.sigmoid rounds an element by whether its place in the tensor belongs to a whole vector of the processor,
+    which depends on the number of rows; a softmax over the last dimension rounds each row alike.
+    """
+    return torch.stack((x, torch.zeros_like(x)), -1).softmax(-1)[..., 0]

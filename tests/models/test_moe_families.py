@@ -1,0 +1,257 @@
+"""Mixture-of-experts families give transformers' logits, whichever way a checkpoint holds its experts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from dense_context import all_logits, decoder_from
+from test_family_parity import BASE, YARN, make_model, oracle_logits, prompt
+
+from kvpage.api.model import DecoderEnv, MLPSpec, ModelDefinition, MoESpec
+from kvpage.api.parameters import parameters
+from kvpage.api.quant import Dense
+from kvpage.errors import CheckpointError
+from kvpage.loading.memory import Arena
+from kvpage.loading.readers import DummyView, ModuleView
+from kvpage.loading.weights import load_weights
+from kvpage.models.decoder import Decoder
+from kvpage.models.families import mixtral, olmoe, qwen2_moe, qwen3_moe
+from kvpage.models.hf_config import HFConfig
+from kvpage.nn.moe import MoE
+
+Translate = Callable[..., ModelDefinition]
+
+MIXTRAL = {"num_local_experts": 5, "num_experts_per_tok": 2}
+QWEN2 = {
+    "num_experts": 6,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 20,
+    "shared_expert_intermediate_size": 28,
+}
+QWEN3 = {"num_experts": 7, "num_experts_per_tok": 4, "moe_intermediate_size": 20, "head_dim": 16}
+OLMOE = {"num_experts": 6, "num_experts_per_tok": 3, "pad_token_id": 0, "eos_token_id": 2}
+
+CASES: dict[str, tuple[str, Translate, dict[str, Any]]] = {
+    "mixtral": ("Mixtral", mixtral.translate, MIXTRAL),
+    "mixtral-window-tied-one-expert-a-token": (
+        "Mixtral",
+        mixtral.translate,
+        {**MIXTRAL, "num_experts_per_tok": 1, "sliding_window": 7, "tie_word_embeddings": True},
+    ),
+    "mixtral-all-experts-wide-heads": (
+        "Mixtral",
+        mixtral.translate,
+        {**MIXTRAL, "num_experts_per_tok": 5, "head_dim": 20, "num_key_value_heads": 1},
+    ),
+    "qwen2-moe": ("Qwen2Moe", qwen2_moe.translate, QWEN2),
+    "qwen2-moe-renormalised-without-biases": (
+        "Qwen2Moe",
+        qwen2_moe.translate,
+        {**QWEN2, "norm_topk_prob": True, "qkv_bias": False, "hidden_act": "gelu"},
+    ),
+    "qwen2-moe-every-second-layer-windows": (
+        "Qwen2Moe",
+        qwen2_moe.translate,
+        {**QWEN2, "decoder_sparse_step": 2, "use_sliding_window": True, "sliding_window": 5},
+    ),
+    "qwen2-moe-some-layers-plain": (
+        "Qwen2Moe",
+        qwen2_moe.translate,
+        {**QWEN2, "mlp_only_layers": [1], "tie_word_embeddings": True},
+    ),
+    "qwen2-moe-no-experts": ("Qwen2Moe", qwen2_moe.translate, {**QWEN2, "num_experts": 0}),
+    "qwen3-moe": ("Qwen3Moe", qwen3_moe.translate, QWEN3),
+    "qwen3-moe-renormalised-windows": (
+        "Qwen3Moe",
+        qwen3_moe.translate,
+        {**QWEN3, "norm_topk_prob": True, "use_sliding_window": True, "sliding_window": 6},
+    ),
+    "qwen3-moe-sparse-step-biases-yarn": (
+        "Qwen3Moe",
+        qwen3_moe.translate,
+        {
+            **QWEN3,
+            "decoder_sparse_step": 2,
+            "mlp_only_layers": [0],
+            "attention_bias": True,
+            "rope_parameters": {**YARN, "rope_theta": 1e5},
+        },
+    ),
+    "olmoe": ("Olmoe", olmoe.translate, OLMOE),
+    "olmoe-renormalised-biases-no-grouping": (
+        "Olmoe",
+        olmoe.translate,
+        {**OLMOE, "norm_topk_prob": True, "attention_bias": True, "num_key_value_heads": 4},
+    ),
+}
+FAMILIES = ["mixtral", "qwen2-moe", "qwen3-moe", "olmoe"]
+
+
+def assert_same_logits(decoder: Decoder, model: Any) -> None:
+    tokens = prompt(40)
+    torch.testing.assert_close(
+        all_logits(decoder, tokens), oracle_logits(model, tokens), atol=1e-4, rtol=1e-4
+    )
+
+
+@pytest.mark.parametrize("as_in_memory", [False, True], ids=["a tensor an expert", "all experts in one"])
+@pytest.mark.parametrize("name", CASES)
+def test_logits_equal_transformers_with_either_layout_on_disk(
+    tmp_path: Path, name: str, as_in_memory: bool
+) -> None:
+    kind, translate, options = CASES[name]
+    model = make_model(kind, options)
+    model.save_pretrained(tmp_path, save_original_format=not as_in_memory)
+    definition = translate(HFConfig.from_folder(tmp_path), max_model_len=None)
+    assert_same_logits(decoder_from(tmp_path, definition), model)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_spec_has_as_many_parameters_as_the_model(name: str) -> None:
+    kind, translate, options = CASES[name]
+    model = make_model(kind, options)
+    spec = translate(HFConfig.from_object(model.config), max_model_len=None).spec
+    assert (
+        sum(torch.Size(parameter.shape).numel() for parameter in parameters(spec)) == model.num_parameters()
+    )
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_living_model_is_used_without_a_copy(name: str) -> None:
+    kind, translate, options = CASES[name]
+    model = make_model(kind, options)
+    definition = translate(HFConfig.from_object(model.config), max_model_len=None)
+    arena = Arena()
+    loaded = load_weights(definition, ModuleView(model), dtype=torch.float32, device="cpu", arena=arena)
+    owned = {tensor.untyped_storage().data_ptr() for tensor in model.state_dict().values()}
+    held = [form.tensor for form in loaded.weights.values() if isinstance(form, Dense)]
+    assert len(held) == len(loaded.weights)
+    assert {tensor.untyped_storage().data_ptr() for tensor in held} == owned
+    assert loaded.warnings == ()
+    fused = model.state_dict()["model.layers.1.mlp.experts.gate_up_proj"]
+    up = loaded.weights["layers.1.moe.experts.2.up.weight"]
+    assert isinstance(up, Dense)
+    assert up.tensor.data_ptr() == fused[2, fused.shape[1] // 2].data_ptr()
+    decoder = Decoder(definition.spec, loaded.weights, DecoderEnv(device="cpu", dtype="float32"))
+    assert_same_logits(decoder, model)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_living_model_in_another_dtype_is_converted(name: str) -> None:
+    kind, translate, options = CASES[name]
+    model = make_model(kind, options)
+    definition = translate(HFConfig.from_object(model.config), max_model_len=None)
+    loaded = load_weights(definition, ModuleView(model), dtype=torch.bfloat16, device="cpu", arena=Arena())
+    down = loaded.weights["layers.0.moe.experts.3.down.weight"]
+    assert isinstance(down, Dense)
+    assert torch.equal(down.tensor, model.model.layers[0].mlp.experts.down_proj[3].detach().bfloat16())
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_dummy_weights_have_the_shapes_of_the_spec(name: str) -> None:
+    kind, translate, options = CASES[name]
+    definition = translate(HFConfig.from_object(make_model(kind, options).config), max_model_len=None)
+    view = DummyView(definition)
+    loaded = load_weights(definition, view, dtype=torch.float32, device="cpu", arena=Arena())
+    logits = all_logits(
+        Decoder(definition.spec, loaded.weights, DecoderEnv(device="cpu", dtype="float32")), prompt(9)
+    )
+    assert logits.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision_is_close_to_transformers_own(tmp_path: Path, dtype: torch.dtype) -> None:
+    kind, translate, options = CASES["qwen2-moe"]
+    # Every expert is used: no token may be routed elsewhere by a rounding, which would drown all else.
+    values = {"num_experts_per_tok": 6, "moe_intermediate_size": 24, "initializer_range": 0.05}
+    model = make_model(kind, {**options, **values})
+    model.save_pretrained(tmp_path)
+    exact = oracle_logits(model, prompt(40))
+    definition = translate(HFConfig.from_folder(tmp_path), max_model_len=None)
+    ours = (all_logits(decoder_from(tmp_path, definition, dtype), prompt(40)).float() - exact).abs().mean()
+    theirs = (oracle_logits(model.to(dtype), prompt(40)).float() - exact).abs().mean()
+    assert ours <= 1.25 * theirs
+
+
+@pytest.mark.parametrize("top_k", [1, 2, 5, 8, 13])
+@pytest.mark.parametrize("renormalise", [True, False])
+@torch.inference_mode()
+def test_a_row_alone_gives_what_it_gives_in_a_batch(top_k: int, renormalise: bool) -> None:
+    mlp = MLPSpec(intermediate_size=40, activation="silu")
+    spec = MoESpec(
+        expert=mlp, num_experts=13, top_k=top_k, renormalise=renormalise, shared=mlp, shared_gate=True
+    )
+    generator = torch.Generator().manual_seed(top_k)
+
+    def random(*shape: int) -> Dense:
+        return Dense(torch.randn(shape, generator=generator) * 0.3)
+
+    weights = {"moe.router.weight": random(13, 48), "moe.shared_gate.weight": random(1, 48)}
+    for owner in ("shared", *(f"experts.{expert}" for expert in range(13))):
+        gate_and_up = random(80, 48).tensor
+        weights[f"moe.{owner}.gate.weight"] = Dense(gate_and_up[:40])
+        weights[f"moe.{owner}.up.weight"] = Dense(gate_and_up[40:])
+        weights[f"moe.{owner}.down.weight"] = random(48, 40)
+    moe = MoE(spec, weights, "moe", DecoderEnv(device="cpu", dtype="float32"))
+    x = torch.randn(37, 48, generator=generator)
+    together = moe(x)
+    for row in range(37):
+        assert torch.equal(moe(x[row : row + 1])[0], together[row])
+    assert torch.equal(moe(x[:7]), together[:7])
+    assert moe(x[:0]).shape == (0, 48)
+
+
+REFUSED: list[tuple[str, dict[str, Any], str]] = [
+    ("mixtral", {"num_experts_per_tok": 6}, "num_experts_per_tok 6 is more than num_local_experts 5"),
+    ("mixtral", {"num_local_experts": 0}, "'num_local_experts' must be at least 1"),
+    ("mixtral", {"sliding_window": 0}, "'sliding_window' must be at least 1"),
+    ("mixtral", {"hidden_act": "tanh"}, "'hidden_act' is 'tanh'"),
+    ("qwen2-moe", {"num_experts": "many"}, "'num_experts' must be of type int"),
+    ("qwen2-moe", {"decoder_sparse_step": 0}, "'decoder_sparse_step' must be at least 1"),
+    ("qwen2-moe", {"mlp_only_layers": ["0"]}, "'mlp_only_layers' must be of type int"),
+    ("qwen2-moe", {"layer_types": ["full_attention"]}, "layer_types must have 3 entries"),
+    ("qwen3-moe", {"num_experts_per_tok": 8}, "num_experts_per_tok 8 is more than num_experts 7"),
+    ("qwen3-moe", {"moe_intermediate_size": -1}, "'moe_intermediate_size' must be at least 1"),
+    ("olmoe", {"clip_qkv": 8.0}, "clip_qkv 8.0 is not supported, only null"),
+]
+
+
+@pytest.mark.parametrize(("name", "options", "reason"), REFUSED)
+def test_values_a_family_cannot_run_are_refused_by_name(
+    name: str, options: dict[str, Any], reason: str
+) -> None:
+    _, translate, base = CASES[name]
+    with pytest.raises(CheckpointError, match=reason):
+        translate(HFConfig({**BASE, **base, **options}), max_model_len=None)
+
+
+def test_keys_a_config_leaves_out_have_the_values_of_transformers() -> None:
+    import transformers
+
+    size = {"num_hidden_layers": 2, "num_attention_heads": 32, "hidden_size": 64, "vocab_size": 64}
+    for name in FAMILIES:
+        kind, translate, _ = CASES[name]
+        stated = getattr(transformers, f"{kind}Config")(**size, intermediate_size=48)
+        bare = {**size, "intermediate_size": 48, "max_position_embeddings": stated.max_position_embeddings}
+        found = translate(HFConfig(bare), max_model_len=None)
+        assert found == translate(HFConfig.from_object(stated), max_model_len=None), name
+
+
+def test_experts_of_another_shape_are_refused_by_tensor_and_entry() -> None:
+    kind, translate, options = CASES["mixtral"]
+    model = make_model(kind, options)
+    values = HFConfig({**model.config.to_dict(), "intermediate_size": 73})
+    with pytest.raises(
+        CheckpointError, match=r"experts.gate_up_proj' should have shape \[73, 48\].*in entry 0"
+    ):
+        load_weights(
+            translate(values, max_model_len=None),
+            ModuleView(model),
+            dtype=torch.float32,
+            device="cpu",
+            arena=Arena(),
+        )
