@@ -20,7 +20,7 @@ def make_model(tmp_path: Path) -> Maker:
     def make(architecture: str, seed: int = 0, **config: Any) -> tuple[Any, Path]:
         import transformers
 
-        kind = architecture.removesuffix("ForCausalLM")
+        kind = getattr(transformers, architecture)
         values = {
             "vocab_size": 199, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3,
             "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512,
@@ -28,7 +28,7 @@ def make_model(tmp_path: Path) -> Maker:
         }  # fmt: skip
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            model = getattr(transformers, architecture)(getattr(transformers, f"{kind}Config")(**values))
+            model = kind(kind.config_class(**values))
         model = model.float().eval()
         model.generation_config.eos_token_id = None
         for parameter in model.parameters():

@@ -36,8 +36,11 @@ class HFConfig:
     ``in``.
     """
 
-    def __init__(self, data: Mapping[str, Any], *, source: str = "config") -> None:
+    def __init__(
+        self, data: Mapping[str, Any], *, source: str = "config", own_names: Mapping[str, str] | None = None
+    ) -> None:
         self.source = source
+        self._own_names = own_names or {}
         text = data.get("text_config")
         merged = dict(data)
         if isinstance(text, Mapping):
@@ -66,6 +69,22 @@ class HFConfig:
         """Read a transformers config object."""
         return cls(config.to_dict(), source=type(config).__name__)
 
+    def with_defaults(self, defaults: Mapping[str, Any]) -> HFConfig:
+        """The same config, where the keys that it leaves out have a family's own values."""
+        return HFConfig({**defaults, **self._data}, source=self.source, own_names=self._own_names)
+
+    def renamed(self, own_names: Mapping[str, str]) -> HFConfig:
+        """The same config by the usual keys, of which a family has its own name ({"hidden_size": "n_embd"})."""
+        found = {key: self._data[own] for key, own in own_names.items() if own in self._data}
+        stated = {key: own for key, own in own_names.items() if own in self._data}
+        return HFConfig({**self._data, **found}, source=self.source, own_names=stated)
+
+    def with_values(self, **values: Any) -> HFConfig:
+        """The same config, with other values for these keys."""
+        other = HFConfig({}, source=self.source)
+        other._data = {**self._data, **values}
+        return other
+
     def __contains__(self, key: str) -> bool:
         return key in self._data
 
@@ -92,6 +111,7 @@ class HFConfig:
 
     def typed(self, kind: type[Any], key: str, value: Any) -> Any:
         """``value`` as ``kind``; ``key`` is where it was found, for the message."""
+        key = self._own_names.get(key, key)
         number = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= LARGEST
         if kind is float and number:
             return float(value)
@@ -108,7 +128,8 @@ class HFConfig:
         value = self.get(int, key) if default is None else self.get(int, key, default)
         if not 1 <= value <= at_most:
             limit = "at least 1" if value < 1 else f"at most {at_most}"
-            raise CheckpointError(f"{self.source}: key {key!r} must be {limit}, found {value}")
+            name = self._own_names.get(key, key)
+            raise CheckpointError(f"{self.source}: key {name!r} must be {limit}, found {value}")
         return value
 
     @property

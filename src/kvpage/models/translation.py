@@ -66,6 +66,22 @@ def read_activation(cfg: HFConfig, key: str = "hidden_act", default: str = "silu
     return ACTIVATIONS[name]
 
 
+def read_plain_heads(cfg: HFConfig) -> tuple[int, int, int]:
+    """(query heads, KV heads, elements a head) of a family whose heads all have a K and V of their own."""
+    heads, hidden = cfg.count("num_attention_heads"), cfg.count("hidden_size")
+    if hidden % heads:
+        raise CheckpointError(
+            f"{cfg.source}: hidden_size {hidden} is no multiple of num_attention_heads {heads}"
+        )
+    return heads, heads, hidden // heads
+
+
+def require(cfg: HFConfig, key: str, value: bool) -> None:
+    """Refuse a config whose ``key`` is not ``value``, the only one that the family runs (and its default)."""
+    if cfg.get(bool, key, value) != value:
+        raise CheckpointError(f"{cfg.source}: key {key!r} is {not value}; only {value} is supported")
+
+
 def read_heads(
     cfg: HFConfig, *, kv_default: int | None = None, head_dim_default: int | None = None
 ) -> tuple[int, int, int]:
@@ -85,37 +101,67 @@ def read_heads(
 
 
 def read_rope(
-    cfg: HFConfig, head_dim: int, *, max_model_len: int | None, layer_type: str | None = None
+    cfg: HFConfig,
+    head_dim: int,
+    *,
+    max_model_len: int | None,
+    layer_type: str | None = None,
+    partial: bool = False,
+    old_names: Mapping[str, str] = OLD_ROPE_NAMES,
+    interleaved: bool = False,
 ) -> RopeSpec:
-    """Rope of a model that turns whole heads; frequencies fixed for ``max_model_len`` (or the stated context)."""
+    """Rope of a model; frequencies fixed for ``max_model_len`` (or the stated context).
+
+    Args:
+        partial: the family turns ``partial_rotary_factor`` of each head; without, another than 1 is refused.
+        old_names: rope types that mean another one in this family's configs.
+        interleaved: the family turns neighbouring elements as a pair.
+    """
     values = cfg.rope_parameters(layer_type)
-    kind = OLD_ROPE_NAMES.get(values["rope_type"], values["rope_type"])
+    kind = old_names.get(values["rope_type"], values["rope_type"])
     if kind not in ROPE_KEYS:
         raise CheckpointError(
             f"{cfg.source}: rope_type {kind!r} is unknown; kvpage has {', '.join(ROPE_KEYS)}"
         )
-    if values.get("partial_rotary_factor", 1.0) != 1.0:
+    rotary_dim = _rotary_dim(cfg, values, head_dim, partial)
+    if (kind in ("yarn", "longrope") and rotary_dim % 2) or (kind == "dynamic" and rotary_dim <= 2):
         raise CheckpointError(
-            f"{cfg.source}: partial_rotary_factor {values['partial_rotary_factor']} is not used by this family; "
-            "only 1.0 is supported"
+            f"{cfg.source}: rope_type {kind!r} is not defined for {rotary_dim} turned elements of a head; "
+            "an even number above 2 is supported"
         )
-    if head_dim % 2:
-        raise CheckpointError(f"{cfg.source}: head_dim {head_dim} is odd; rope turns pairs of elements")
     context = cfg.count("max_position_embeddings")
     trained = _positive(cfg, int, values, "original_max_position_embeddings", context)
     values["original_max_position_embeddings"] = trained
     if kind in ("yarn", "longrope"):
         values.setdefault("factor", context / trained)
-    used = _checked_rope_values(cfg, kind, values, head_dim)
+    used = _checked_rope_values(cfg, kind, values, rotary_dim)
     if kind == "dynamic":
         used["max_position_embeddings"] = context
     return RopeSpec(
         kind=kind,
         theta=_positive(cfg, float, values, "rope_theta"),
-        rotary_dim=head_dim,
+        rotary_dim=rotary_dim,
+        interleaved=interleaved,
         max_position=(max_model_len or context) if kind in ("dynamic", "longrope") else 0,
         parameters=used,
     )
+
+
+def _rotary_dim(cfg: HFConfig, values: Mapping[str, Any], head_dim: int, partial: bool) -> int:
+    """Elements of a head that turn, as transformers counts them."""
+    factor = _positive(cfg, float, values, "partial_rotary_factor", 1.0)
+    if factor != 1.0 and not partial:
+        raise CheckpointError(
+            f"{cfg.source}: partial_rotary_factor {factor} is not used by this family; only 1.0 is supported"
+        )
+    rotary_dim = int(head_dim * factor)
+    if not 1 <= rotary_dim <= head_dim - head_dim % 2:
+        turned = f"partial_rotary_factor {factor} of head_dim {head_dim}"
+        raise CheckpointError(
+            f"{cfg.source}: {turned} is {rotary_dim} elements; rope turns pairs, from 1 element to the even "
+            f"part of a head ({head_dim - head_dim % 2})"
+        )
+    return rotary_dim
 
 
 def _checked_rope_values(

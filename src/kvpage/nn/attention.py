@@ -25,7 +25,7 @@ class Attention:
         self._out = build_linear(weights, f"{prefix}.out", env)
         self._q_norm: Norm | None = None
         self._k_norm: Norm | None = None
-        self._norm_heads = spec.qk_norm is not None and spec.qk_norm.over == "head"
+        self._norm_heads = spec.qk_norm is not None and spec.qk_norm.over != "all"
         if spec.qk_norm is not None:
             self._q_norm = build_norm(spec.qk_norm.norm, weights, f"{prefix}.q_norm")
             self._k_norm = build_norm(spec.qk_norm.norm, weights, f"{prefix}.k_norm")

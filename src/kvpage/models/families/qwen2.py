@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from kvpage.api.model import ModelDefinition
-from kvpage.errors import CheckpointError
 from kvpage.models.families.llama import llama_like
 from kvpage.models.hf_config import HFConfig
+from kvpage.models.layer_types import FULL, SLIDING, read_layer_types, read_windows
 
 DEFAULT_WINDOW = 4096
 DEFAULT_WINDOW_START = 28
@@ -30,25 +30,10 @@ def translate(cfg: HFConfig, *, max_model_len: int | None) -> ModelDefinition:
 
 def layer_windows(cfg: HFConfig) -> tuple[int | None, ...]:
     """Each layer's window: by ``layer_types`` where given, else the layers from ``max_window_layers`` on."""
-    count = cfg.num_layers
-    used = cfg.get(bool, "use_sliding_window", False)
-    stated = "sliding_window" not in cfg or cfg.get(int, "sliding_window", None) is not None
-    window = cfg.count("sliding_window", DEFAULT_WINDOW) if used and stated else None
-    types = cfg.get(list, "layer_types", None)
-    if types is None:
-        start = cfg.get(int, "max_window_layers", DEFAULT_WINDOW_START)
-        return tuple(window if index >= start else None for index in range(count))
-    if len(types) != count:
-        raise CheckpointError(
-            f"{cfg.source}: layer_types must have {count} entries (num_hidden_layers), has {len(types)}"
-        )
-    unknown = sorted({str(kind) for kind in types} - {"full_attention", "sliding_attention"})
-    if unknown:
-        raise CheckpointError(
-            f"{cfg.source}: layer_types has {', '.join(unknown)}; kvpage has full_attention, sliding_attention"
-        )
-    if window is None and "sliding_attention" in types:
-        raise CheckpointError(
-            f"{cfg.source}: layer_types has sliding_attention, but use_sliding_window and sliding_window give no window"
-        )
-    return tuple(window if kind == "sliding_attention" else None for kind in types)
+    if not cfg.get(bool, "use_sliding_window", False):
+        cfg = cfg.with_values(sliding_window=None)
+    cfg = cfg.with_defaults({"sliding_window": DEFAULT_WINDOW})
+    start = cfg.get(int, "max_window_layers", DEFAULT_WINDOW_START)
+    slides = cfg.get(int, "sliding_window", None) is not None
+    otherwise = [SLIDING if slides and index >= start else FULL for index in range(cfg.num_layers)]
+    return read_windows(cfg, read_layer_types(cfg, otherwise))
