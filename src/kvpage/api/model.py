@@ -250,6 +250,35 @@ layers.i.moe.shared_gate.weight.
 """
 
 
+class ModelConfig(Protocol):
+    """A checkpoint's config.json as a family reads it: every read says what type it expects.
+
+    Errors are ``kvpage.errors.CheckpointError`` and name the file, the key and the value found. A key that holds
+    null counts as absent, except to ``in``.
+    """
+
+    source: str
+
+    def __contains__(self, key: str) -> bool: ...
+
+    def get(self, kind: type[Any], key: str, default: Any = ...) -> Any:
+        """The value of ``key`` as ``kind`` (int, float, bool, str, list, dict); without a default it must be there."""
+        ...
+
+    def count(self, key: str, default: int | None = None) -> int:
+        """A whole number of at least 1 (a size)."""
+        ...
+
+    @property
+    def num_layers(self) -> int:
+        """``num_hidden_layers``."""
+        ...
+
+    def rope_parameters(self, layer_type: str | None = None) -> dict[str, Any]:
+        """What it says about rope, at least rope_type and rope_theta, whichever generation wrote it."""
+        ...
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelDefinition:
     """What a family makes of a checkpoint's config: the model as data, and where its parameters lie."""

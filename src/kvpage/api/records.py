@@ -97,8 +97,12 @@ class LinearKernelRecord(Record):
 
 @dataclass(frozen=True, kw_only=True)
 class ModelRecord(Record):
-    """``factory`` names a function (HFConfig, *, max_model_len) -> ModelDefinition for these ``architectures``
-    (entries of config.json's "architectures")."""
+    """``factory`` names a function (ModelConfig, *, max_model_len: int | None) -> ModelDefinition, types of
+    ``kvpage.api.model``, for these ``architectures`` (entries of config.json's "architectures").
+
+    It is called with ``max_model_len=None`` first, to learn the model's context, then with the engine's; only rope
+    frequencies may depend on it.
+    """
 
     architectures: tuple[str, ...]
 

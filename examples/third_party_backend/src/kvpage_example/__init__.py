@@ -1,0 +1,1 @@
+"""An attention backend and a logits processor for kvpage, to copy from."""

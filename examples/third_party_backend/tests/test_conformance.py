@@ -1,0 +1,16 @@
+"""What this distribution brings, proved by the suite that kvpage ships."""
+
+from __future__ import annotations
+
+from kvpage.testing.attention import AttentionBackendConformance
+from kvpage.testing.logits_processors import LogitsProcessorConformance
+from kvpage_example.attention import GatherAttention
+from kvpage_example.processor import NoRepeatNgram
+
+
+class TestGatherAttention(AttentionBackendConformance):
+    backend = GatherAttention
+
+
+class TestNoRepeatNgram(LogitsProcessorConformance):
+    processor = NoRepeatNgram
