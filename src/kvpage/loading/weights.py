@@ -6,6 +6,7 @@ merged tensor, and the file's pages are let go behind the copy.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import groupby
@@ -82,6 +83,7 @@ class _Loader:
     def load(self) -> LoadedWeights:
         for parameter in self._parameters:
             self._check(parameter)
+        self._check_shared_tensors()
         weights: dict[str, WeightForm] = {}
         for _, members in groupby(self._parameters, key=lambda parameter: parameter.block):
             block = list(members)
@@ -131,6 +133,22 @@ class _Loader:
                 f"{self._view.where(ref.name)}: tensor {ref.name!r} is {info.dtype}; weights are expected as "
                 f"{', '.join(sorted(FLOATS))} (quantized checkpoints need a quantization_config and its plugin)"
             )
+
+    def _check_shared_tensors(self) -> None:
+        """The parameters that share a tensor are all of it, or their rows would be others' (q's for k's)."""
+        outputs: Counter[WeightRef] = Counter()
+        for parameter in self._parameters:
+            ref = self._refs[parameter.name]
+            if ref.rows is not None:
+                outputs[replace(ref, rows=None, every=None, otherwise=None)] += parameter.shape[0]
+        for ref, used in outputs.items():
+            entry = _entry(self._view.info(ref.name).shape, ref)
+            found = entry[-1] if ref.transpose else entry[0]
+            if found != used:
+                raise CheckpointError(
+                    f"{self._view.where(ref.name)}: tensor {ref.name!r} has {found} outputs, of which the model of "
+                    f"config.json uses {used}; config.json and weights are not of one model"
+                )
 
     def _share(self, block: list[Parameter]) -> list[torch.Tensor] | None:
         """The view's own tensors where they can be used as they are."""

@@ -155,12 +155,13 @@ def _rotary_dim(cfg: HFConfig, values: Mapping[str, Any], head_dim: int, partial
             f"{cfg.source}: partial_rotary_factor {factor} is not used by this family; only 1.0 is supported"
         )
     rotary_dim = int(head_dim * factor)
-    if not 1 <= rotary_dim <= head_dim - head_dim % 2:
-        turned = f"partial_rotary_factor {factor} of head_dim {head_dim}"
+    if not 1 <= rotary_dim <= head_dim:
         raise CheckpointError(
-            f"{cfg.source}: {turned} is {rotary_dim} elements; rope turns pairs, from 1 element to the even "
-            f"part of a head ({head_dim - head_dim % 2})"
+            f"{cfg.source}: partial_rotary_factor {factor} of head_dim {head_dim} is {rotary_dim} elements; rope "
+            f"turns 1 to {head_dim} of them"
         )
+    if rotary_dim == head_dim and head_dim % 2:
+        raise CheckpointError(f"{cfg.source}: head_dim {head_dim} is odd; rope turns pairs of elements")
     return rotary_dim
 
 

@@ -33,7 +33,7 @@ def build_rope(spec: RopeSpec, max_model_len: int, device: torch.device | str) -
     return Rope(
         cos=cos.to(device),
         sin=sin.to(device),
-        rotary_dim=spec.rotary_dim,
+        rotary_dim=2 * len(frequencies),
         interleaved=spec.interleaved,
     )
 

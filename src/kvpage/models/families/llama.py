@@ -12,6 +12,7 @@ from kvpage.api.model import (
     ModelDefinition,
     NormSpec,
     QKNormSpec,
+    RopeSpec,
 )
 from kvpage.models.hf_config import HFConfig
 from kvpage.models.translation import (
@@ -54,13 +55,15 @@ def llama_like(
     qk_norm: bool = False,
     kv_heads: int | None = None,
     head_dim: int | None = None,
+    rope: RopeSpec | None = None,
 ) -> ModelDefinition:
     """A model of Llama's layout: pre-norm, gated MLP, rope; ``windows`` has one entry a layer.
 
-    ``kv_heads``, ``head_dim``: the family's own where the config does not say.
+    ``kv_heads``, ``head_dim``: the family's own where the config does not say. ``rope``: where the family reads
+    it in its own way.
     """
     heads, num_kv_heads, size = read_heads(cfg, kv_default=kv_heads, head_dim_default=head_dim)
-    rope = read_rope(cfg, size, max_model_len=max_model_len)
+    rope = rope or read_rope(cfg, size, max_model_len=max_model_len)
     norm = NormSpec(kind="rms", eps=cfg.get(float, "rms_norm_eps", 1e-6))
     mlp = MLPSpec(
         intermediate_size=cfg.count("intermediate_size"),
