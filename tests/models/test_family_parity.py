@@ -84,10 +84,11 @@ CASES: list[tuple[str, str, Callable[..., ModelDefinition], dict[str, Any]]] = [
 
 def make_model(kind: str, options: dict[str, Any], *, head: str = "ForCausalLM", seed: int = 0) -> Any:
     """A random transformers model; biases and norms are random too, so that none can be forgotten."""
-    config = getattr(transformers, f"{kind}Config")(**{**BASE, **options})
+    model_class = getattr(transformers, f"{kind}{head}")
+    config = model_class.config_class(**{**BASE, **options})
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = getattr(transformers, f"{kind}{head}")(config).eval()
+        model = model_class(config).eval()
         for name, parameter in model.named_parameters():
             if name.endswith("bias") or "norm" in name or ".ln_" in name:
                 torch.nn.init.normal_(parameter, mean=0.0 if name.endswith("bias") else 1.0, std=0.3)
