@@ -4,9 +4,11 @@ finding plugins imports nothing heavy; the engine imports it when it is chosen."
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from kvpage.errors import PluginError
+
+FIELD_TYPES: dict[str, tuple[type, ...]] = {"str": (str,), "int": (int,), "float": (int, float)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,7 +23,7 @@ class Record:
         install: what to type then: "pip install 'kvpage-mychip[driver]'".
 
     Raises:
-        PluginError: name or factory are malformed.
+        PluginError: name or factory are malformed, or a field holds another type.
     """
 
     name: str
@@ -39,6 +41,20 @@ class Record:
                 f"{type(self).__name__} {self.name!r} has the factory {self.factory!r}: "
                 "it must look like 'package.module:Name'"
             )
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if not _is_of(value, str(field.type)):
+                raise PluginError(
+                    f"{type(self).__name__} {self.name!r} has {field.name}={value!r:.80}: it must be {field.type}"
+                )
+
+
+def _is_of(value: object, wanted: str) -> bool:
+    """Whether ``value`` is of an annotation that records use; any other annotation is a plugin's own affair."""
+    if wanted == "tuple[str, ...]":
+        return isinstance(value, tuple) and all(isinstance(entry, str) for entry in value)
+    types = FIELD_TYPES.get(wanted)
+    return types is None or (isinstance(value, types) and not isinstance(value, bool))
 
 
 @dataclass(frozen=True, kw_only=True)
