@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias, TypeVar, overload
 
 from kvpage.api.kv import KVGroupSpec
 
@@ -16,6 +16,10 @@ if TYPE_CHECKING:
 
     from kvpage.api.decoder import KVGroupStep
     from kvpage.api.quant import LinearKernel, WeightForm
+
+
+T = TypeVar("T")
+D = TypeVar("D")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -94,11 +98,25 @@ class MLPSpec:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class ExpertGroups:
+    """Experts in ``count`` equal groups; a token takes experts of the ``chosen`` best groups only (DeepSeek).
+
+    ``score`` of a group: its best expert's, or the sum of its two best.
+    """
+
+    count: int
+    chosen: int
+    score: Literal["best", "best_two"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class MoESpec:
     """A router sends each token to ``top_k`` of ``num_experts`` gated MLPs; ``shared`` runs for every token.
 
     ``score`` softmax or sigmoid over the router's logits; ``renormalise`` the chosen weights to sum 1;
-    ``shared_gate``: the shared MLP's output is scaled by sigmoid of a linear gate (Qwen2-MoE).
+    ``shared_gate``: the shared MLP's output is scaled by sigmoid of a linear gate (Qwen2-MoE);
+    ``correction``: experts are chosen, but not weighted, by score plus a learned value each (DeepSeek-V3);
+    ``float32_router``: the router's product is computed in float32 whatever the model's dtype.
     """
 
     expert: MLPSpec
@@ -109,6 +127,9 @@ class MoESpec:
     scale: float = 1.0
     shared: MLPSpec | None = None
     shared_gate: bool = False
+    groups: ExpertGroups | None = None
+    correction: bool = False
+    float32_router: bool = False
 
 
 class Mixer(Protocol):
@@ -245,7 +266,7 @@ embed.weight, positions.weight, final_norm.{weight,bias}, head.{weight,bias}, an
 layers.i.{mixer_norm_before,mixer_norm_after,ffn_norm_before,ffn_norm_after}.{weight,bias},
 layers.i.attention.{q,k,v,out}.{weight,bias}, layers.i.attention.{q_norm,k_norm}.{weight,bias},
 layers.i.attention.sinks, layers.i.mlp.{gate,up,down}.{weight,bias},
-layers.i.moe.router.weight, layers.i.moe.experts.e.{gate,up,down}.weight, layers.i.moe.shared.{gate,up,down}.weight,
+layers.i.moe.router.{weight,correction}, layers.i.moe.experts.e.{gate,up,down}.weight, layers.i.moe.shared.{gate,up,down}.weight,
 layers.i.moe.shared_gate.weight.
 """
 
@@ -257,9 +278,18 @@ class ModelConfig(Protocol):
     null counts as absent, except to ``in``.
     """
 
-    source: str
+    @property
+    def source(self) -> str:
+        """The file it was read from."""
+        ...
 
     def __contains__(self, key: str) -> bool: ...
+
+    @overload
+    def get(self, kind: type[T], key: str) -> T: ...
+
+    @overload
+    def get(self, kind: type[T], key: str, default: D) -> T | D: ...
 
     def get(self, kind: type[Any], key: str, default: Any = ...) -> Any:
         """The value of ``key`` as ``kind`` (int, float, bool, str, list, dict); without a default it must be there."""
