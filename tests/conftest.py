@@ -6,6 +6,9 @@ import os
 
 from hypothesis import HealthCheck, settings
 
+# The markers of kvpage's conformance suites, as a third party makes them known.
+pytest_plugins = ["kvpage.testing.plugin"]
+
 # Read by OpenMP and MKL when torch is first imported, so before any test module is. The tests' own process is
 # the host here; kvpage never writes the environment.
 for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 
 from kvpage.api.attention import AttentionBatch, AttentionLayer
 from kvpage.builtin.reference_attention import ReferenceAttention
-from kvpage.cli.backend_check import check_backend
 from kvpage.cli.bench import percentile
 from kvpage.cli.main import main
+from kvpage.testing.attention import short_check
 
 
 def test_list_names_plugins_and_what_they_register(capsys: pytest.CaptureFixture[str]) -> None:
@@ -51,8 +52,10 @@ def test_explain_says_what_the_named_backend_lacks(
 def test_check_passes_the_reference_in_every_dtype(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plugins", "check", "reference"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 9
-    assert all(": ok: " in line for line in lines)
+    for dtype in ("float32", "bfloat16", "float16"):
+        assert f"reference: output equals the float64 oracle [{dtype}]: passed" in lines
+    assert any(": skipped: ReferenceAttention does not claim KV dtype int8" in line for line in lines)
+    assert not any(": failed" in line for line in lines)
 
 
 def test_check_refuses_a_name_that_is_no_backend(capsys: pytest.CaptureFixture[str]) -> None:
@@ -65,9 +68,7 @@ class ForgetsTheWindow(ReferenceAttention):
 
     def attend(self, q: torch.Tensor, kv: torch.Tensor, layer: AttentionLayer, batch: AttentionBatch, plan: object,
                out: torch.Tensor) -> None:  # fmt: skip
-        super().attend(
-            q, kv, AttentionLayer(index=0, scale=layer.scale, softcap=layer.softcap), batch, plan, out
-        )
+        super().attend(q, kv, replace(layer, window=None), batch, plan, out)
 
 
 class Raises(ReferenceAttention):
@@ -78,14 +79,22 @@ class Raises(ReferenceAttention):
 
 
 def test_check_finds_a_backend_that_computes_something_else() -> None:
-    wrong = [result.case for result in check_backend(ForgetsTheWindow, "cpu") if not result.passed]
-    assert wrong == ["float32, window", "float16, window", "bfloat16, window"]
+    wrong = [result for result in short_check(ForgetsTheWindow, "cpu") if not result.passed]
+    assert [result.case for result in wrong] == ["window [block+1]"]
+    assert "first wrong value at row" in wrong[0].finding
+
+
+def test_check_fails_where_the_device_is_not_there() -> None:
+    [result] = short_check(ReferenceAttention, "cuda:99")
+    assert not result.passed
+    assert result.case == "device cuda:99"
 
 
 def test_check_reports_what_a_backend_raises() -> None:
-    results = list(check_backend(Raises, "cpu"))
-    assert results
-    assert all(not result.passed and "no kernel image" in result.error for result in results)
+    found = {result.case: result for result in short_check(Raises, "cpu")}
+    oracle = found["output equals the float64 oracle [float32]"]
+    assert oracle.verdict == "failed"
+    assert oracle.finding == "RuntimeError: no kernel image"
 
 
 def test_collect_env_tells_versions_and_the_processor(capsys: pytest.CaptureFixture[str]) -> None:

@@ -98,7 +98,7 @@ class ReferenceAttention(AttentionBackend):
         lengths = batch.seq_lens.tolist()
         for row in range(batch.num_rows):
             first, last = starts[row], starts[row + 1]
-            if last - first > 1:
+            if last - first > 1 and lengths[row]:
                 used = -(-lengths[row] // self.env.block_size)
                 blocks = batch.block_tables[row, :used].to(torch.int64)
                 plan.chunks.append(Chunk(first, last, lengths[row] - (last - first), blocks))

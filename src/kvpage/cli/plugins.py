@@ -109,7 +109,7 @@ def check(arguments: Sequence[str]) -> int:
 
 def _check_one(record: AttentionBackendRecord, device: str) -> bool:
     with undivided():
-        from kvpage.cli.backend_check import check_backend  # torch
+        from kvpage.testing.attention import short_check  # torch
 
     try:
         backend = load(record)
@@ -120,10 +120,8 @@ def _check_one(record: AttentionBackendRecord, device: str) -> bool:
         print(f"{record.name}: not for {device} (has {', '.join(sorted(backend.caps.devices))})")
         return True
     passed = True
-    for result in check_backend(backend, device):
-        verdict = "ok" if result.passed else "WRONG"
-        found = result.error or f"differs by {result.difference:.1e}, allowed {result.limit:.0e}"
-        print(f"{record.name}: {result.case}: {verdict}: {found}")
+    for result in short_check(backend, device):
+        print(f"{record.name}: {result.case}: {result.verdict}" + (f": {result.finding}" if result.finding else ""))
         passed = passed and result.passed
     return passed
 

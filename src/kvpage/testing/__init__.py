@@ -1,0 +1,10 @@
+"""Conformance suites: subclass one in your tests, name your class, and pytest proves that it keeps the contract.
+
+Nothing here is loaded unless it is asked for: put ``pytest_plugins = ["kvpage.testing.plugin"]`` into your
+``conftest.py``, so that the markers are known, and import the suite that you need from its module. The suites
+need pytest and torch, no more.
+
+The names of suites, of their tests and of what a subclass may set are API: people deselect tests by name. They
+are renamed, moved or removed only as ``kvpage.api`` is, with a deprecation of two minor releases; new tests may
+come with any minor release.
+"""

@@ -1,0 +1,380 @@
+"""Conformance of attention backends, memory: what may be read, what may be written, and how inputs may lie."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from kvpage.api.attention import Rope
+from kvpage.testing.attention_canary import check_writes, written_by
+from kvpage.testing.attention_report import check_tensor
+from kvpage.testing.attention_rig import Options, Rig, Row, Step
+from kvpage.testing.attention_subject import FEATURES, AttentionSubject
+from kvpage.testing.suite import ConformanceError
+
+ROPES = ("none", "halves", "interleaved", "partial-halves", "partial-interleaved")
+STRIDES = ("fused-qkv", "padded-heads", "v-inside-k")
+
+
+class AttentionMemory(AttentionSubject):
+    """The cache and the inputs: canaries, NaN, padding, strides, shared and scrambled blocks, copies."""
+
+    def axes(self) -> dict[str, Sequence[Any]]:
+        return {**super().axes(), "rope": ROPES, "strides": STRIDES}
+
+    def test_caps_are_known_terms(self) -> None:
+        """Claims can be met: dtypes and devices exist, features are known, the preferred block size is claimed."""
+        caps = self.backend.caps
+        unknown = [name for name in caps.dtypes if not isinstance(getattr(torch, name, None), torch.dtype)]
+        if unknown or not caps.dtypes or not caps.devices:
+            raise ConformanceError(
+                "caps", f"dtypes {sorted(caps.dtypes)}, devices {sorted(caps.devices)}: {unknown} unknown"
+            )
+        if caps.features - FEATURES:
+            raise ConformanceError(
+                "caps", f"features {sorted(caps.features - FEATURES)}; known are {sorted(FEATURES)}"
+            )
+        if caps.block_sizes is not None and caps.preferred_block_size not in caps.block_sizes:
+            raise ConformanceError(
+                "caps",
+                f"preferred_block_size {caps.preferred_block_size} is not in {sorted(caps.block_sizes)}",
+            )
+
+    def test_layout_has_one_entry_a_block(self) -> None:
+        """Dimension 0 is the block, so that copies, freeing and transfers can speak of blocks in any layout."""
+        rigs = [self.rig([length]) for length in (1, 20 * self.shape().block_size)]
+        for rig in rigs:
+            if rig.layout.shape[0] != rig.num_blocks:
+                raise ConformanceError(
+                    "layout", f"{rig.layout}: dimension 0 should be {rig.num_blocks} blocks"
+                )
+        first, second = (rig.layout.shape[1:] for rig in rigs)
+        if first != second:
+            raise ConformanceError(
+                "layout", f"one block is {first} or {second}, by how many blocks there are"
+            )
+
+    def test_write_touches_only_its_slots(self, dtype: str) -> None:
+        """Over a canary-filled cache, write_kv changes the bytes of the slots it was given: all, and no other."""
+        size = self.shape(dtype=dtype).block_size
+        rig = self.rig([3 * size, 2 * size, 2 * size, size], self.shape(dtype=dtype))
+        rows = [
+            Row(0, size, size + 1),
+            Row(1, 2 * size - 1, 2 * size),
+            Row(2, size - 1, size + 1),
+            Row(3, 0, size),
+        ]
+        check_writes("write (slots)", rig, rows)
+
+    def test_padding_tokens_write_nothing(self) -> None:
+        """Slot -1 is no slot: not the last of the pool, not the null block's, not memory before the cache."""
+        size = self.shape().block_size
+        rig = self.rig([3 * size, 2 * size])
+        rows = [
+            Row(0, size, size + 1),
+            Row(None, 0, 1),
+            Row(1, 0, size + 1),
+            Row(None, 0, 0),
+            Row(None, 0, 3),
+        ]
+        check_writes("padding", rig, rows, Options(trailing=2))
+        check_writes("padding", rig, [Row(None, 0, 2)], Options(trailing=1))
+
+    def test_padding_rows_change_nobody(self) -> None:
+        """Rows of length 0, with or without tokens, and tokens after the last row: the others get the same numbers."""
+        rig, rows = self.mixed()
+        pads = [Row(None, 0, 1), Row(None, 0, 1)]
+        mixed = [*rows[:3], pads[0], *rows[3:8], Row(None, 0, 0), *rows[8:], Row(None, 0, 4)]
+        for padded, trailing in (([*rows[:5], *pads], 0), (mixed, 3), ([pads[0], *rows[:5]], 0)):
+            self.check("padding", rig, rig.step(padded, rig.layer(), Options(trailing=trailing)))
+
+    def test_row_without_queries_changes_nobody(self) -> None:
+        """A row that has KV but no token in this step is passed over."""
+        rig, rows = self.mixed()
+        idle = Row(0, rows[0].last, rows[0].last)
+        self.check("row without queries", rig, rig.step([*rows[1:6], idle, *rows[6:]], rig.layer()))
+
+    def test_unused_slots_may_hold_anything(self) -> None:
+        """NaN and then huge values in the null block, in others' blocks and in tails of last blocks: not read."""
+        size = self.shape().block_size
+        for filling in (0xFF, 0x7E):
+            rig = self.rig([1, size + 1, 2 * size - 1, 3 * size + 2])
+            rig.kv[0].view(torch.uint8).fill_(filling)
+            rows = [
+                Row(0, 0, 1),
+                Row(1, size, size + 1),
+                Row(2, size - 1, 2 * size - 1),
+                Row(3, 1, 3 * size + 2),
+            ]
+            self.check("unused slots", rig, rig.step(rows, rig.layer()))
+
+    def test_blocks_behind_the_window_may_belong_to_others(self) -> None:
+        """A block that fell behind one row's window is another's now, filled in the same step."""
+        size = self.shape().block_size
+        rig = self.rig([4 * size + 2, size], features={"window"})
+        rig.fill([Row(0, 4 * size + 1, 4 * size + 2)])
+        rig.tables[1] = rig.tables[0][:1]
+        rig.written[1] = 0
+        width = size + 1
+        rows = [Row(0, 4 * size + 1, 4 * size + 2), Row(1, 0, size)]
+        self.check("window", rig, rig.step(rows, rig.layer(window=width), Options(behind_window=width)))
+
+    def test_attend_only_reads(self) -> None:
+        """attend leaves the cache, q and the batch's tensors as they were."""
+        rig, rows = self.mixed()
+        rig.fill(rows)
+        batch = rig.batch(rows)
+        plan = rig.backend.plan(batch)
+        rig.write(rows, batch)
+        q, k, v = rig.inputs(rows)
+        told = [batch.cu_seqlens_q, batch.seq_lens, batch.block_tables, batch.slot_mapping]
+        names = ["the cache", "q", "k", "v", "cu_seqlens_q", "seq_lens", "block_tables", "slot_mapping"]
+        before = [tensor.clone() for tensor in (rig.kv[0], q, k, v, *told)]
+        rig.backend.write_kv(rig.kv[0], k, v, batch)
+        rig.attend(Step(rows, batch, [rig.layer()]), q, rig.kv[0], rig.layer(), plan)
+        for name, was, now in zip(names, before, (rig.kv[0], q, k, v, *told), strict=True):
+            check_tensor("attend only reads", name, now, was)
+
+    def test_strided_inputs(self, strides: str) -> None:
+        """q, k and v as views: of one fused projection, of heads with room between, V as a part of K's tensor."""
+        rig, rows = self.mixed()
+        rig.fill(rows)
+        batch = rig.batch(rows, Options(strided_table=True))
+        plan = rig.backend.plan(batch)
+        q, k, v = _strided(strides, *rig.inputs(rows))
+        rig.backend.write_kv(rig.kv[0], k, v, batch)
+        rig.note_written(rows)
+        step = Step(rows, batch, [rig.layer()])
+        rig.attend(step, q, rig.kv[0], rig.layer(), plan)
+        self.check(f"strided inputs ({strides})", rig, step)
+
+    def test_shared_blocks(self) -> None:
+        """Several rows whose tables begin with the same blocks, as after a prefix hit or a fork."""
+        size = self.shape().block_size
+        rig = self.rig([3 * size + 1, 3 * size + 2, 2 * size + 5, 2 * size])
+        for borrower, blocks in ((1, 3), (2, 2), (3, 2)):
+            rig.share(0, borrower, blocks)
+        rig.fill([Row(0, 3 * size, 3 * size + 1)])
+        rig.written[1], rig.written[2], rig.written[3] = 3 * size, 2 * size, 2 * size - 1
+        rows = [Row(0, 3 * size, 3 * size + 1), Row(3, 2 * size - 1, 2 * size)]
+        rows += [Row(1, 3 * size, 3 * size + 2), Row(2, 2 * size, 2 * size + 5)]
+        self.check("shared blocks", rig, rig.step(rows, rig.layer()))
+
+    def test_shared_blocks_filled_in_the_same_step(self) -> None:
+        """One row fills blocks that another, in either order, reads in the same step: all write before any attends."""
+        size = self.shape().block_size
+        for turned in (False, True):
+            rig = self.rig([2 * size + 3, 2 * size + 2, 2 * size + 1])
+            rig.share(0, 1, 2)
+            rig.share(0, 2, 2)
+            rig.written[1] = rig.written[2] = 2 * size
+            rows = [Row(2, 2 * size, 2 * size + 1), Row(0, 0, 2 * size + 3), Row(1, 2 * size, 2 * size + 2)]
+            step = rig.step(rows[::-1] if turned else rows, rig.layer())
+            self.check("shared blocks filled in the same step", rig, step)
+
+    def test_block_tables_in_any_order(self) -> None:
+        """Blocks in descending, ascending and scrambled order, and far apart: only the table says where they are."""
+        size = self.shape().block_size
+        lengths = [3 * size + 2, 4 * size, 2 * size + 1]
+        for order in ("scrambled", "descending", "ascending"):
+            rig = self.rig(lengths, seed=3)
+            if order != "scrambled":
+                blocks = sorted((b for table in rig.tables for b in table), reverse=order == "descending")
+                rig.tables = [[blocks.pop(0) for _ in table] for table in rig.tables]
+            rows = [Row(0, lengths[0] - 1, lengths[0]), Row(1, 1, lengths[1]), Row(2, size - 1, lengths[2])]
+            self.check(f"block tables ({order})", rig, rig.step(rows, rig.layer()))
+
+    def test_wide_block_tables(self) -> None:
+        """Tables wider than any row needs, zeros at the end, and rows of the table apart in memory."""
+        rig, rows = self.mixed()
+        for options in (Options(extra_columns=5), Options(extra_columns=130, strided_table=True)):
+            self.check("block tables (wide)", rig, rig.step(rows, rig.layer(), options))
+
+    def test_host_lengths_are_upper_bounds(self) -> None:
+        """q_lens_host, seq_lens_host and both maxima may be too large; only the device's lengths are the truth."""
+        rig, rows = self.mixed()
+        for slack in (1, rig.size, 3 * rig.size + 1):
+            self.check(
+                "host lengths are upper bounds", rig, rig.step(rows, rig.layer(), Options(slack=slack))
+            )
+
+    def test_copy_blocks(self, dtype: str) -> None:
+        """Copied blocks are the source's bytes, K and V; one source may have several targets; no other block changes."""
+        rig = self.rig([6 * self.shape().block_size], self.shape(dtype=dtype))
+        generator = torch.Generator(device="cpu").manual_seed(5)
+        shape = rig.rooms[0].view(torch.uint8).shape
+        noise = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator, device="cpu")
+        rig.rooms[0].view(torch.uint8).copy_(noise)
+        wanted = noise.flatten(1).clone()
+        a, b, c, d, e, f = rig.tables[0]
+        # The third call copies what the first one brought: copies are done in the order of the calls.
+        for pairs in ([(a, b), (c, d), (a, e)], [(f, rig.unowned[-1])], [(b, c)], []):
+            source, target = ([pair[side] for pair in pairs] for side in (0, 1))
+            rig.backend.copy_blocks(
+                rig.kv[0],
+                torch.tensor(source, dtype=torch.int64, device=rig.device),
+                torch.tensor(target, dtype=torch.int64, device=rig.device),
+            )
+            for start, stop in pairs:
+                wanted[stop + rig.margin] = wanted[start + rig.margin]
+            _check_blocks(rig, wanted, pairs)
+
+    def test_copied_block_is_a_block_of_its_own(self) -> None:
+        """Copy-on-write: after a copy the child writes its own last block, and the parent still reads its own."""
+        size = self.shape().block_size
+        length = size + max(1, size // 2)
+        rig = self.rig([length + 1, length + 1])
+        rig.share(0, 1, 1)
+        for tensors in (rig.k[0], rig.v[0]):
+            tensors[1][:length] = tensors[0][:length]
+        rig.fill([Row(0, length, length + 1)])
+        # The rows end in the middle of a block, which only the parent has; block size 1 has no such middle.
+        source, target = (torch.tensor([rig.tables[s][length // size]], device=rig.device) for s in (0, 1))
+        if length % size:
+            rig.backend.copy_blocks(rig.kv[0], source, target)
+            rig.written[1] = length
+        else:
+            rig.written[1] = size
+        rows = [Row(0, length, length + 1), Row(1, length, length + 1)]
+        self.check("copy_blocks", rig, rig.step(rows, rig.layer()))
+
+    def test_rope_write(self, rope: str, dtype: str) -> None:
+        """rope_write is rotate, rounded once from float32, then write_kv; also fused, partial, interleaved, strided."""
+        for strides in ("contiguous", "fused-qkv"):
+            rig, rows = self.mixed(self.shape(dtype=dtype))
+            step = _rope_step(rig, rows, _rope(rope, rig), strides, rope)
+            self.check(f"rope_write ({rope})", rig, step)
+
+    def test_rope_write_touches_only_its_slots(self) -> None:
+        """A fused rope_write writes what write_kv writes, byte for byte, and nothing for padding tokens."""
+        size = self.shape().block_size
+        rig = self.rig([2 * size, size])
+        rows = [Row(0, size, size + 1), Row(None, 0, 2), Row(1, 0, size)]
+        batch = rig.batch(rows, Options(trailing=1))
+        q, k, v = rig.inputs(rows, 0, 1, padding=777.0)
+        positions = torch.arange(batch.num_tokens, device=rig.device)
+
+        def fused() -> None:
+            rig.backend.plan(batch)
+            rig.backend.rope_write(q.clone(), k.clone(), v.clone(), positions, None, rig.kv[0], batch)
+
+        def plain() -> None:
+            rig.backend.plan(batch)
+            rig.backend.write_kv(rig.kv[0], k, v, batch)
+
+        wanted, got = written_by(rig, plain), written_by(rig, fused)
+        rig.rooms[0].view(torch.uint8).flatten(1).copy_(got.after)
+        _check_blocks(rig, wanted.after, [], property="rope_write (slots)")
+
+
+def _strided(
+    kind: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The same values as views, NaN between them."""
+    tokens = q.shape[0]
+
+    def roomy(*tensors: torch.Tensor) -> list[torch.Tensor]:
+        """Side by side in one [T, heads, sum of widths] tensor."""
+        width = sum(tensor.shape[2] for tensor in tensors)
+        room = tensors[0].new_full((tokens, tensors[0].shape[1], width + 8), torch.nan)
+        views, start = [], 0
+        for tensor in tensors:
+            view = room[:, :, start : start + tensor.shape[2]]
+            view.copy_(tensor)
+            views.append(view)
+            start += tensor.shape[2]
+        return views
+
+    if kind == "contiguous":
+        return q, k, v
+    if kind == "v-inside-k":
+        first, second = roomy(k, v)
+        return roomy(q)[0], first, second
+    if kind == "padded-heads":
+        return roomy(q)[0], roomy(k)[0], roomy(v)[0]
+    flat = torch.cat([tensor.reshape(tokens, -1) for tensor in (q, k, v)], 1)
+    parts = flat.split([tensor.shape[1] * tensor.shape[2] for tensor in (q, k, v)], 1)
+    return parts[0].view(q.shape), parts[1].view(k.shape), parts[2].view(v.shape)
+
+
+def _rope(kind: str, rig: Rig) -> Rope | None:
+    """Tables with angles of any size for positions 0 .. longest."""
+    if kind == "none":
+        return None
+    rotary = rig.shape.head_dim // 2 if kind.startswith("partial") else rig.shape.head_dim
+    generator = torch.Generator(device="cpu").manual_seed(11)
+    size = (max(rig.lengths), rotary // 2)
+    angles = torch.rand(size, generator=generator, dtype=torch.float32, device="cpu") * 1e3
+    cos, sin = angles.cos().to(rig.device), angles.sin().to(rig.device)
+    return Rope(cos=cos, sin=sin, rotary_dim=rotary, interleaved=kind.endswith("interleaved"))
+
+
+def _rope_step(rig: Rig, rows: Sequence[Row], rope: Rope | None, strides: str, name: str) -> Step:
+    """rope_write of history, then of the step; what it returns is checked, then the step attends with it."""
+    __tracebackhide__ = True
+    history = [Row(row.sequence, 0, row.first) for row in rows if row.first]
+    for part in (history, rows):
+        batch = rig.batch(part)
+        plan = rig.backend.plan(batch)
+        given = rig.inputs(part)
+        positions = torch.cat([torch.arange(row.first, row.last) for row in part]).to(rig.device)
+        exact = [x.double() if rope is None else _exact_rotation(x, positions, rope) for x in given[:2]]
+        q, k, v = _strided(strides, *(x.clone() for x in given))
+        turned = rig.backend.rope_write(q, k, v, positions, rope, rig.kv[0], batch)
+        for letter, mine, wanted in zip("qk", turned, exact, strict=True):
+            # Half a unit in the last place of the result, and what float32 loses before that.
+            unit = torch.finfo(mine.dtype).eps
+            allowed = (4e-6 if mine.dtype == torch.float32 else 2e-5, 0.51 * unit + 1e-6)
+            check_tensor(f"rope_write ({name})", f"rotated {letter}", mine, wanted, allowed)
+    # From here on the sequences hold what the cache should: q and k rotated.
+    for tensors in (rig.q[0], rig.k[0]):
+        for sequence, values in enumerate(tensors):
+            at = torch.arange(len(values), device=rig.device)
+            moved = values.to(rig.device)
+            tensors[sequence] = (
+                moved if rope is None else _exact_rotation(moved, at, rope).to(moved.dtype)
+            ).cpu()
+    rig.note_written([Row(row.sequence, 0, row.last) for row in rows])
+    step = Step(rows, batch, [rig.layer()])
+    rig.attend(step, turned[0], rig.kv[0], rig.layer(), plan)
+    return step
+
+
+def _exact_rotation(x: torch.Tensor, positions: torch.Tensor, rope: Rope) -> torch.Tensor:
+    """rotate in float64."""
+    wide = Rope(
+        cos=rope.cos.double(), sin=rope.sin.double(), rotary_dim=rope.rotary_dim, interleaved=rope.interleaved
+    )
+    half = wide.rotary_dim // 2
+    cos, sin = wide.cos[positions].unsqueeze(1), wide.sin[positions].unsqueeze(1)
+    out = x.double()
+    pairs = (slice(0, wide.rotary_dim, 2), slice(1, wide.rotary_dim, 2)) if wide.interleaved else (
+        slice(0, half), slice(half, wide.rotary_dim)
+    )  # fmt: skip
+    first, second = out[..., pairs[0]].clone(), out[..., pairs[1]].clone()
+    out[..., pairs[0]] = first * cos - second * sin
+    out[..., pairs[1]] = second * cos + first * sin
+    return out
+
+
+def _check_blocks(
+    rig: Rig, wanted: torch.Tensor, pairs: Sequence[tuple[int, int]], property: str = "copy_blocks"
+) -> None:
+    """Every byte of the room is as wanted [blocks, bytes]."""
+    __tracebackhide__ = True
+    got = rig.rooms[0].view(torch.uint8).flatten(1).cpu()
+    wrong = (got != wanted).nonzero()
+    if not len(wrong):
+        return
+    block, byte = (int(i) for i in wrong[0])
+    inside = block - rig.margin
+    sources = {target: source for source, target in pairs}
+    told = f"a copy of block {sources[inside]}" if inside in sources else "not to change"
+    raise ConformanceError(
+        property,
+        f"first wrong byte in pool block {inside}, which was {told}: byte {byte} of {got.shape[1]}: got "
+        f"{int(got[block, byte]):#04x}, expected {int(wanted[block, byte]):#04x}; {len(wrong)} bytes are wrong\n"
+        f"  case: {rig.shape}; source -> target {[*pairs]}",
+    )
