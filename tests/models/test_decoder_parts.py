@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from dense_context import DenseContext
-from test_decoder_spec import ATTENTION, DECODER, HIDDEN, MLP, RMS, VOCAB, layers, named
+from small_specs import ATTENTION, DECODER, HIDDEN, MLP, RMS, VOCAB, named, three_layers
 
 from kvpage.api.model import AttentionSpec, DecoderEnv, DecoderSpec, LayerSpec, StepContext
 from kvpage.api.parameters import parameters
@@ -40,17 +40,17 @@ def test_sinks_reach_the_backend_in_float32_and_change_the_result() -> None:
             seen.append(args[3])
             return super().attend(spec, *args)
 
-    spec = replace(DECODER, layers=layers(replace(ATTENTION, sinks=True), MLP, RMS))
+    spec = replace(DECODER, layers=three_layers(replace(ATTENTION, sinks=True)))
     weights = random_weights(spec)
     with_sinks = run(spec, weights, Recording(torch.arange(6)))
     assert all(sinks is not None and sinks.dtype == torch.float32 and sinks.shape == (4,) for sinks in seen)
-    plain = replace(DECODER, layers=layers(ATTENTION, MLP, RMS))
+    plain = replace(DECODER, layers=three_layers())
     assert not torch.allclose(run(plain, weights, DenseContext(torch.arange(6))), with_sinks)
 
 
 def test_learned_positions_start_at_the_offset() -> None:
     embedding = replace(DECODER.embedding, positions=8, position_offset=2)
-    spec = replace(DECODER, layers=layers(replace(ATTENTION, rope=None), MLP, RMS), embedding=embedding)
+    spec = replace(DECODER, layers=three_layers(replace(ATTENTION, rope=None)), embedding=embedding)
     weights = random_weights(spec)
     shifted = dict(weights)
     table = weights["positions.weight"].dequantize()
@@ -92,12 +92,12 @@ def test_a_plugins_mixer_runs_in_the_place_of_attention() -> None:
 
 
 def test_no_logit_rows_give_an_empty_result() -> None:
-    spec = replace(DECODER, layers=layers(ATTENTION, MLP, RMS))
+    spec = replace(DECODER, layers=three_layers())
     assert Decoder(spec, random_weights(spec), ENV).logits(torch.zeros(0, HIDDEN)).shape == (0, VOCAB)
 
 
 def test_dummy_weights_run_and_are_the_same_at_every_load() -> None:
-    definition = named(replace(DECODER, layers=layers(ATTENTION, MLP, RMS)), {})
+    definition = named(replace(DECODER, layers=three_layers()))
     before = torch.get_rng_state()
     loads = [
         load_weights(
