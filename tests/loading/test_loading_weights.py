@@ -18,7 +18,6 @@ from kvpage.loading.weights import LoadedWeights, load_weights
 from kvpage.models.decoder import Decoder
 from kvpage.models.families import llama
 from kvpage.models.hf_config import HFConfig
-from kvpage.nn.linear import merge
 from kvpage.nn.rotary import build_rope
 
 CONFIG: dict[str, Any] = {
@@ -78,9 +77,10 @@ def test_parts_of_a_block_lie_in_one_tensor(tmp_path: Path, dtype: torch.dtype) 
     save(tmp_path, make_tensors(definition))
     weights = load(tmp_path, definition, dtype).weights
     for module, parts in (("attention", "qkv"), ("mlp", ("gate", "up"))):
-        merged = merge([weights[f"layers.1.{module}.{part}.weight"] for part in parts])
-        assert merged is not None
-    assert merge([weights[f"layers.1.attention.{part}.bias"] for part in "qkv"]) is not None
+        first, *others = (weights[f"layers.1.{module}.{part}.weight"] for part in parts)
+        assert first.join(others) is not None
+    q, k, v = (weights[f"layers.1.attention.{part}.bias"] for part in "qkv")
+    assert q.join([k, v]) is not None
 
 
 def test_tensors_read_in_many_slices_are_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

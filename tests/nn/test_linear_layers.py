@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 from kvpage.api.model import DecoderEnv
-from kvpage.api.quant import Dense, LinearEnv, LinearKernel, WeightForm
+from kvpage.api.quant import Dense, LinearEnv, LinearKernel, WeightForm, adjacent
 from kvpage.errors import PluginError
-from kvpage.nn.linear import DenseLinear, adjacent, build_fused, build_linear, make_kernel
+from kvpage.nn.linear import DenseLinear, build_fused, build_linear, make_kernel
 
 ENV = DecoderEnv(device="cpu", dtype="float32")
 SHAPES = [(768, 1280), (2048, 768), (768, 768), (96, 72), (100, 36), (40, 7)]
@@ -114,6 +116,12 @@ class Foreign(WeightForm):
 
     def dequantize(self) -> torch.Tensor:
         return torch.zeros(4, 4)
+
+    def map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Foreign:
+        return self
+
+    def take(self, rows: torch.Tensor) -> Foreign:
+        return self
 
 
 class Picky(LinearKernel):

@@ -7,7 +7,7 @@ device; a kernel computes a form and never knows the file.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
@@ -112,6 +112,15 @@ class WeightForm(ABC):
     def take(self, rows: torch.Tensor) -> WeightForm:
         """The outputs ``rows`` (int64 [n]) of this form, as a form of its own kind."""
 
+    def join(self, others: Sequence[WeightForm]) -> WeightForm | None:
+        """The form of this one's outputs and then those of ``others``, which share its input, without a copy.
+
+        ``None``: they differ in more than their tensors, or do not lie in one (``adjacent``). The loader puts the
+        parts of q, k and v (gate and up) one after another wherever a tensor has one entry an output: a form
+        that joins such parts is computed as one product.
+        """
+        return None
+
     def tensors(self) -> list[torch.Tensor]:
         """Every tensor it holds."""
         found: list[torch.Tensor] = []
@@ -151,6 +160,11 @@ class Dense(WeightForm):
     def take(self, rows: torch.Tensor) -> Dense:
         return Dense(self.tensor[rows])
 
+    def join(self, others: Sequence[WeightForm]) -> Dense | None:
+        tensors = [form.tensor for form in (self, *others) if isinstance(form, Dense)]
+        whole = adjacent(tensors) if len(tensors) == 1 + len(others) else None
+        return None if whole is None else Dense(whole)
+
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class ChannelInt8(WeightForm):
@@ -179,6 +193,29 @@ class ChannelInt8(WeightForm):
     def take(self, rows: torch.Tensor) -> ChannelInt8:
         return replace(self, codes=self.codes[rows], scales=self.scales[rows])
 
+    def join(self, others: Sequence[WeightForm]) -> ChannelInt8 | None:
+        parts = [form for form in (self, *others) if isinstance(form, ChannelInt8)]
+        if len(parts) != 1 + len(others) or any(part.activation != self.activation for part in parts):
+            return None
+        codes = adjacent([part.codes for part in parts])
+        scales = adjacent([part.scales for part in parts])
+        return None if codes is None or scales is None else replace(self, codes=codes, scales=scales)
+
+
+def adjacent(parts: Sequence[torch.Tensor]) -> torch.Tensor | None:
+    """The tensor whose dimension 0 is ``parts`` one after another, if they lie so in one storage."""
+    first = parts[0]
+    storage, strides, step = first.untyped_storage().data_ptr(), first.stride(), first.stride(0)
+    expected = first.storage_offset()
+    for part in parts:
+        if part.untyped_storage().data_ptr() != storage or part.dtype != first.dtype:
+            return None
+        if part.stride() != strides or part.storage_offset() != expected or part.shape[1:] != first.shape[1:]:
+            return None
+        expected += part.shape[0] * step
+    shape = (sum(part.shape[0] for part in parts), *first.shape[1:])
+    return first.as_strided(shape, strides, first.storage_offset())
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LinearEnv:
@@ -192,6 +229,9 @@ class LinearKernel(ABC):
     """A way to compute one form on a device; one object serves one weight."""
 
     name: ClassVar[str]
+
+    def __init__(self, env: LinearEnv) -> None:
+        self.env = env
 
     @classmethod
     @abstractmethod

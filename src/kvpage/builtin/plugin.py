@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 from kvpage import hookimpl
-from kvpage.api.records import AttentionBackendRecord, ModelRecord, SchedulingPolicyRecord
+from kvpage.api.records import (
+    AttentionBackendRecord,
+    LinearKernelRecord,
+    ModelRecord,
+    QuantizationSchemeRecord,
+    SchedulingPolicyRecord,
+)
 
 
 @hookimpl
@@ -28,6 +34,8 @@ def kvpage_models() -> list[ModelRecord]:
         "gemma3": ("Gemma3ForCausalLM", "Gemma3ForConditionalGeneration"),
         "gpt2": ("GPT2LMHeadModel",),
         "gpt_neox": ("GPTNeoXForCausalLM",),
+        "deepseek_v2": ("DeepseekV2ForCausalLM",),
+        "deepseek_v3": ("DeepseekV3ForCausalLM",),
         "granite": ("GraniteForCausalLM",),
         "llama": ("LlamaForCausalLM",),
         "mistral": ("MistralForCausalLM",),
@@ -66,5 +74,34 @@ def kvpage_scheduling_policies() -> list[SchedulingPolicyRecord]:
             name="priority",
             factory="kvpage.sched.policy:PriorityFirst",
             summary="lower priority first, then in the order of submission",
+        ),
+    ]
+
+
+@hookimpl
+def kvpage_quantization_schemes() -> list[QuantizationSchemeRecord]:
+    return [
+        QuantizationSchemeRecord(
+            name="int8",
+            factory="kvpage.builtin.int8:Int8PerChannel",
+            bits=8,
+            summary="plain weights become int8 while they load, one scale an output",
+        )
+    ]
+
+
+@hookimpl
+def kvpage_linear_kernels() -> list[LinearKernelRecord]:
+    return [
+        LinearKernelRecord(
+            name="int8",
+            factory="kvpage.nn.quantized_linear:Int8Linear",
+            summary="int8 with one scale an output, converted block by block",
+        ),
+        LinearKernelRecord(
+            name="dequantize",
+            factory="kvpage.nn.quantized_linear:DequantizeLinear",
+            priority=-100,
+            summary="any form, as plain weights in the model's dtype",
         ),
     ]

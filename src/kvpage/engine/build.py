@@ -34,6 +34,7 @@ from kvpage.engine.backends import (
 from kvpage.engine.core import EngineCore
 from kvpage.engine.executor import LocalExecutor
 from kvpage.engine.inputs import ChatTemplates, InputLimits, InputProcessor
+from kvpage.engine.quantization import find_scheme
 from kvpage.engine.source import Source, define_model, find_model, open_weights
 from kvpage.engine.stats import Listeners, StatsLog
 from kvpage.errors import ConfigError, PluginError, RequestError
@@ -73,6 +74,7 @@ def build_engine(options: EngineOptions, plugins: PluginRegistry | None) -> Engi
         )
     source = find_model(options)
     definition, context = define_model(options, source, registry)
+    scheme = find_scheme(options, source.config, registry)
     spec = definition.spec
     device = find_device(options.device)
     dtype = resolve_dtype(options, source.config.dtype or "float32")
@@ -83,10 +85,18 @@ def build_engine(options: EngineOptions, plugins: PluginRegistry | None) -> Engi
     arena = Arena()
     try:
         view = open_weights(options, source, definition)
-        weights = load_weights(definition, view, dtype=getattr(torch, dtype), device=device, arena=arena)
+        weights = load_weights(
+            definition,
+            view,
+            dtype=getattr(torch, dtype),
+            device=device,
+            arena=arena,
+            scheme=None if scheme is None else scheme.open(view),
+        )
         for warning in weights.warnings:
             LOG.warning("%s", warning)
-        model = Decoder(spec, weights.weights, DecoderEnv(device=device, dtype=dtype))
+        kernels = tuple(load(record) for record in registry.linear_kernels())
+        model = Decoder(spec, weights.weights, DecoderEnv(device=device, dtype=dtype, linear_kernels=kernels))
         facts = ModelFacts(context=context, dtype=dtype, groups=group_facts(spec))
         config = resolve(options, facts, machine_facts(device), choice.block_size)
         for note in config.notes:

@@ -10,7 +10,7 @@ from typing import Any
 from kvpage.api.model import ModelDefinition
 from kvpage.api.quant import CheckpointView
 from kvpage.config import EngineOptions
-from kvpage.errors import CheckpointError, ConfigError
+from kvpage.errors import ConfigError
 from kvpage.loading.locate import find_folder
 from kvpage.loading.readers import DummyView, ModuleView, open_checkpoint
 from kvpage.models.define import define
@@ -53,16 +53,6 @@ def define_model(
 ) -> tuple[ModelDefinition, int]:
     """(the model as data, its context length)."""
     config = source.config
-    if config.quantization is not None:
-        method = config.quantization.get("quant_method", "unknown")
-        raise CheckpointError(
-            f"{config.source} is quantized ({method}) and no loader for that is installed: "
-            "use the unquantized checkpoint"
-        )
-    if options.quantization is not None:
-        raise ConfigError(
-            f"quantization={options.quantization!r}: no quantization scheme is installed; leave it out"
-        )
     return define(load(registry.model_for(config.architectures)), config, options)
 
 

@@ -15,9 +15,11 @@ import torch
 
 from kvpage.api.model import ModelDefinition, WeightRef
 from kvpage.api.parameters import Parameter, parameters
-from kvpage.api.quant import CheckpointView, Dense, WeightForm
+from kvpage.api.quant import CheckpointView, Dense, QuantScheme, WeightForm
 from kvpage.errors import CheckpointError
 from kvpage.loading.memory import Arena
+from kvpage.loading.places import columns, entry_shape, fits, present, ranges
+from kvpage.loading.quantized import QuantizedWeights
 
 FLOATS = frozenset({"float64", "float32", "float16", "bfloat16"})
 KNOWN_BUFFERS = (".inv_freq", ".masked_bias", ".attn.bias", ".attention.bias", "position_ids")
@@ -38,6 +40,7 @@ def load_weights(
     dtype: torch.dtype,
     device: torch.device | str,
     arena: Arena,
+    scheme: QuantScheme | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> LoadedWeights:
     """Every parameter of ``definition``, in ``dtype`` on ``device``; CPU memory comes from ``arena``.
@@ -46,12 +49,14 @@ def load_weights(
     tied but the checkpoint has a head that differs from the embedding, the head is loaded too, as "head.weight".
 
     Args:
+        scheme: gives the forms of the linear weights that it holds; without one all are ``Dense``.
         progress: called with (bytes so far, bytes in all) of the weights in ``dtype``.
 
     Raises:
-        CheckpointError: a tensor is missing, or has another shape, or no float dtype.
+        CheckpointError: a tensor is missing, or has another shape or dtype than model or scheme expect.
+        PluginError: ``scheme`` fails, or gives a form of another shape.
     """
-    loader = _Loader(definition, view, dtype, torch.device(device), arena, progress)
+    loader = _Loader(definition, view, dtype, torch.device(device), arena, scheme, progress)
     return loader.load()
 
 
@@ -63,6 +68,7 @@ class _Loader:
         dtype: torch.dtype,
         device: torch.device,
         arena: Arena,
+        scheme: QuantScheme | None,
         progress: Callable[[int, int], None] | None,
     ) -> None:
         self._view, self._dtype, self._device, self._arena, self._progress = (
@@ -74,21 +80,32 @@ class _Loader:
         )
         self._names = view.names()
         self._parameters = list(parameters(definition.spec))
-        self._refs = {name: _present(ref, self._names) for name, ref in definition.weights.items()}
+        known = self._names
+        if scheme is not None and not scheme.quantizes_plain:
+            # A packed weight has no tensor of its own name, but others beside where that would be.
+            known = {*known, *(f"{name.rpartition('.')[0]}.weight" for name in known)}
+        self._refs = {name: present(ref, known) for name, ref in definition.weights.items()}
         if definition.spec.head.tied:
             self._untie()
+        self._quantized = QuantizedWeights(scheme, view, self._parameters, self._refs, self._read_plain)
         self._total = sum(_count(parameter) for parameter in self._parameters) * dtype.itemsize
         self._done = 0
 
     def load(self) -> LoadedWeights:
         for parameter in self._parameters:
-            self._check(parameter)
+            if parameter.name not in self._quantized.packed:
+                self._check(parameter)
         self._check_shared_tensors()
         weights: dict[str, WeightForm] = {}
         for _, members in groupby(self._parameters, key=lambda parameter: parameter.block):
             block = list(members)
-            tensors = self._share(block) or self._copy(block)
-            weights.update((part.name, Dense(tensor)) for part, tensor in zip(block, tensors, strict=True))
+            weights.update(self._quantized.load(block, self._allocate))
+            plain = [part for part in block if part.name not in weights]
+            if plain:
+                tensors = self._share(plain) or self._copy(plain)
+                weights.update(
+                    (part.name, Dense(tensor)) for part, tensor in zip(plain, tensors, strict=True)
+                )
             self._done += sum(_count(part) for part in block) * self._dtype.itemsize
             if self._progress is not None:
                 self._progress(self._done, self._total)
@@ -120,7 +137,7 @@ class _Loader:
                 "the checkpoint is incomplete, or its config.json belongs to another model"
             )
         info = self._view.info(ref.name)
-        if not _fits(info.shape, ref, parameter.shape):
+        if not fits(info.shape, ref, parameter.shape):
             place = "" if ref.rows is None else f" in outputs {ref.rows[0]} to {ref.rows[1]}"
             place += "" if ref.index is None else f" in entry {ref.index}"
             expected = list(parameter.shape[::-1] if ref.transpose else parameter.shape)
@@ -139,11 +156,11 @@ class _Loader:
         outputs: Counter[WeightRef] = Counter()
         for parameter in self._parameters:
             ref = self._refs[parameter.name]
-            if ref.rows is not None:
+            if ref.rows is not None and parameter.name not in self._quantized.packed:
                 outputs[replace(ref, rows=None, every=None, otherwise=None)] += parameter.shape[0]
         for ref, used in outputs.items():
-            entry = _entry(self._view.info(ref.name).shape, ref)
-            found = entry[-1] if ref.transpose else entry[0]
+            shape = entry_shape(self._view.info(ref.name).shape, ref)
+            found = shape[-1] if ref.transpose else shape[0]
             if found != used:
                 raise CheckpointError(
                     f"{self._view.where(ref.name)}: tensor {ref.name!r} has {found} outputs, of which the model of "
@@ -158,7 +175,8 @@ class _Loader:
         for parameter in block:
             ref = self._refs[parameter.name]
             tensor = self._view.read(ref.name).detach()
-            if ref.every is not None or tensor.dtype != self._dtype or tensor.device != self._device:
+            usable = tensor.dtype == self._kept_as(parameter) and tensor.device == self._device
+            if ref.every is not None or not usable:
                 return None
             tensor = tensor if ref.index is None else tensor[ref.index]
             tensor = tensor.t() if ref.transpose else tensor
@@ -168,54 +186,51 @@ class _Loader:
     def _copy(self, block: list[Parameter]) -> list[torch.Tensor]:
         """A tensor for the whole block, and each part read into its rows."""
         rows = sum(part.shape[0] for part in block)
-        merged = self._allocate((rows, *block[0].shape[1:]))
+        merged = self._allocate((rows, *block[0].shape[1:]), self._kept_as(block[0]))
         parts = list(merged.split([part.shape[0] for part in block]))
         for parameter, target in zip(block, parts, strict=True):
             self._fill(target, self._refs[parameter.name])
         return parts
 
-    def _allocate(self, shape: tuple[int, ...]) -> torch.Tensor:
+    def _kept_as(self, parameter: Parameter) -> torch.dtype:
+        return torch.float32 if parameter.kind == "float32" else self._dtype
+
+    def _allocate(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         if self._device.type == "cpu":
-            return self._arena.allocate(shape, self._dtype)
-        return torch.empty(shape, dtype=self._dtype, device=self._device)
+            return self._arena.allocate(shape, dtype)
+        return torch.empty(shape, dtype=dtype, device=self._device)
+
+    def _read_plain(self, parameter: Parameter) -> torch.Tensor:
+        """One weight [out, in] in the checkpoint's dtype, for as long as the caller keeps it."""
+        ref = self._refs[parameter.name]
+        dtype: torch.dtype = getattr(torch, self._view.info(ref.name).dtype)
+        weight = torch.empty(parameter.shape, dtype=dtype, device="cpu")
+        self._fill(weight, ref)
+        return weight
 
     def _fill(self, target: torch.Tensor, ref: WeightRef) -> None:
         """Read ``ref`` into ``target`` [out, ...]."""
-        stored = _entry(self._view.info(ref.name).shape, ref)
+        stored = entry_shape(self._view.info(ref.name).shape, ref)
         first = 0 if ref.index is None else ref.index * stored[0]
         if ref.transpose:
-            columns = _columns(ref, stored[1])
+            columns = columns(ref, stored[1])
             at = 0
             for piece in self._view.slices(ref.name, first, first + stored[0]):
                 target.t()[at : at + piece.shape[0]].copy_(piece[:, columns])
                 at += piece.shape[0]
             return
         at = 0
-        for start, stop in _ranges(ref, stored[0]):
+        for start, stop in ranges(ref, stored[0]):
             for piece in self._view.slices(ref.name, first + start, first + stop):
                 target[at : at + piece.shape[0]].copy_(piece)
                 at += piece.shape[0]
 
     def _unused(self) -> Iterator[str]:
-        used = {ref.name for ref in self._refs.values()}
+        used = {ref.name for ref in self._refs.values()} | self._quantized.tensor_names
         unused = sorted(name for name in self._names if name not in used and not name.endswith(KNOWN_BUFFERS))
         if unused:
             some = ", ".join(unused[:4]) + (" ..." if len(unused) > 4 else "")
             yield f"{len(unused)} tensors of the checkpoint are not used by this model: {some}"
-
-
-def _present(ref: WeightRef, names: Collection[str]) -> WeightRef:
-    """``ref``, or its ``otherwise``, by the name that is there: its own, or the bare model's.
-
-    The bare model's names lack the first part ("model.", "transformer."). What is nowhere keeps its own name.
-    """
-    place: WeightRef | None = ref
-    while place is not None:
-        for name in (place.name, place.name.partition(".")[2]):
-            if name in names:
-                return replace(place, name=name)
-        place = place.otherwise
-    return ref
 
 
 def _count(parameter: Parameter) -> int:
@@ -223,37 +238,3 @@ def _count(parameter: Parameter) -> int:
     for size in parameter.shape:
         count *= size
     return count
-
-
-def _entry(stored: tuple[int, ...], ref: WeightRef) -> tuple[int, ...]:
-    """Shape of what ``ref`` takes its outputs from: the tensor, or one entry of it."""
-    return stored if ref.index is None else stored[1:]
-
-
-def _fits(stored: tuple[int, ...], ref: WeightRef, shape: tuple[int, ...]) -> bool:
-    if ref.index is not None and (not stored or ref.index >= stored[0]):
-        return False
-    entry = _entry(stored, ref)
-    outputs_first = entry[::-1] if ref.transpose else entry
-    if ref.rows is None:
-        return outputs_first == shape
-    if outputs_first[1:] != shape[1:] or not outputs_first:
-        return False
-    return sum(stop - start for start, stop in _ranges(ref, outputs_first[0])) == shape[0]
-
-
-def _ranges(ref: WeightRef, outputs: int) -> list[tuple[int, int]]:
-    """The outputs of ``ref`` within a tensor that has ``outputs``; those beyond it are left out."""
-    if ref.rows is None:
-        return [(0, outputs)]
-    start, stop = ref.rows
-    if ref.every is None:
-        return [(start, stop)] if stop <= outputs else []
-    return [(base + start, base + stop) for base in range(0, outputs - ref.every + 1, ref.every)]
-
-
-def _columns(ref: WeightRef, outputs: int) -> torch.Tensor | slice:
-    ranges = _ranges(ref, outputs)
-    if len(ranges) == 1:
-        return slice(*ranges[0])
-    return torch.cat([torch.arange(start, stop, device="cpu") for start, stop in ranges])

@@ -3,7 +3,8 @@
 A row's result must not depend on the number of rows beside it, or a request alone would differ from the same
 request in a batch. Measured with torch 2.13 on x86, float32: oneDNN keeps this from 2 rows on, whatever the
 number of threads (and is 1.5 to 2 times as fast as MKL on AMD); F.linear, which is MKL, only from 12 rows on.
-Fewer rows are therefore computed as that many. bfloat16 and float16 keep it from 1 row on.
+bfloat16 keeps it from 2 rows on (one row is a product of another kind, of other roundings where in_features is
+large), float16 from 1. Fewer rows are computed as that many, which costs no more.
 """
 
 from __future__ import annotations
@@ -15,18 +16,48 @@ import torch
 import torch.nn.functional as F
 
 from kvpage.api.model import DecoderEnv
-from kvpage.api.quant import Dense, LinearEnv, LinearKernel, WeightForm
+from kvpage.api.quant import Dense, LinearEnv, LinearKernel, WeightForm, adjacent
 from kvpage.errors import PluginError
 
 MIN_ROWS_ONEDNN = 2
+MIN_ROWS_BFLOAT16 = 2
 MIN_ROWS_FALLBACK = 12
+
+
+class RowProduct:
+    """x [T, in] @ weight.T + bias, each row of it bitwise independent of the rows beside it.
+
+    Attributes:
+        min_rows: T of any call is at least this; ``pad`` sees to it.
+    """
+
+    __slots__ = ("_onednn", "min_rows")
+
+    def __init__(self, device: str, dtype: torch.dtype) -> None:
+        """``device``: torch device type; ``dtype`` of x, weight and bias."""
+        self._onednn = find_onednn() if device == "cpu" and dtype == torch.float32 else None
+        self.min_rows = 1
+        if device == "cpu" and dtype == torch.bfloat16:
+            self.min_rows = MIN_ROWS_BFLOAT16
+        elif device == "cpu" and dtype == torch.float32:
+            self.min_rows = MIN_ROWS_FALLBACK if self._onednn is None else MIN_ROWS_ONEDNN
+
+    def __call__(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        if self._onednn is not None:
+            return self._onednn(x, weight, bias, "none", [], "")
+        return F.linear(x, weight, bias)
+
+    def pad(self, x: torch.Tensor) -> torch.Tensor:
+        """x [T, in], T > 0, with its first row repeated below where it has too few."""
+        missing = self.min_rows - x.shape[0]
+        return x if missing <= 0 else torch.cat((x, x[:1].expand(missing, -1)))
 
 
 class DenseLinear(LinearKernel):
     """x @ weight.T + bias of a ``Dense`` weight, which stays where it is."""
 
     name: ClassVar[str] = "torch"
-    __slots__ = ("_bias", "_min_rows", "_onednn", "_weight")
+    __slots__ = ("_bias", "_product", "_weight")
 
     @classmethod
     def supports(cls, form: WeightForm, env: LinearEnv) -> list[str]:
@@ -37,26 +68,15 @@ class DenseLinear(LinearKernel):
             raise TypeError(f"DenseLinear computes Dense weights, not {type(form).__name__}")
         self._weight = form.tensor
         self._bias = bias
-        float32_on_cpu = self._weight.device.type == "cpu" and self._weight.dtype == torch.float32
-        self._onednn = find_onednn() if float32_on_cpu else None
-        if self._onednn is not None:
-            self._min_rows = MIN_ROWS_ONEDNN
-        else:
-            self._min_rows = MIN_ROWS_FALLBACK if float32_on_cpu else 1
+        self._product = RowProduct(self._weight.device.type, self._weight.dtype)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         rows = x.shape[0]
+        if rows >= self._product.min_rows:
+            return self._product(x, self._weight, self._bias)
         if rows == 0:
             return x.new_empty((0, self._weight.shape[0]))
-        if rows < self._min_rows:
-            padding = x[:1].expand(self._min_rows - rows, -1)
-            return self._product(torch.cat((x, padding)))[:rows]
-        return self._product(x)
-
-    def _product(self, x: torch.Tensor) -> torch.Tensor:
-        if self._onednn is not None:
-            return self._onednn(x, self._weight, self._bias, "none", [], "")
-        return F.linear(x, self._weight, self._bias)
+        return self._product(self._product.pad(x), self._weight, self._bias)[:rows]
 
 
 def find_onednn() -> Callable[..., torch.Tensor] | None:
@@ -92,7 +112,7 @@ def build_fused(weights: Mapping[str, WeightForm], names: Sequence[str], env: De
     """The linear layers ``names``, which share their input."""
     forms = [weights[f"{name}.weight"] for name in names]
     sizes = [form.shape[0] for form in forms]
-    merged = merge(forms)
+    merged = forms[0].join(forms[1:])
     if merged is None:
         return FusedLinear([build_linear(weights, name, env) for name in names], sizes)
     bias = None
@@ -116,7 +136,7 @@ def make_kernel(form: WeightForm, bias: torch.Tensor | None, env: DecoderEnv) ->
     for kind in kinds:
         reasons = kind.supports(form, where)
         if not reasons:
-            kernel = kind()
+            kernel = kind(where)
             kernel.prepare(form, bias)
             return kernel
         refused.append(f"{kind.name}: {'; '.join(reasons)}")
@@ -124,30 +144,6 @@ def make_kernel(form: WeightForm, bias: torch.Tensor | None, env: DecoderEnv) ->
         f"no linear kernel computes {type(form).__name__} weights on {where.device} in {where.dtype}: "
         f"{' | '.join(refused)}. Install a plugin that does, or use a checkpoint of another format."
     )
-
-
-def merge(forms: Sequence[WeightForm]) -> WeightForm | None:
-    """One form of all rows, if they already lie in one tensor; ``None`` if not."""
-    tensors = [form.tensor for form in forms if isinstance(form, Dense)]
-    if len(tensors) != len(forms):
-        return None
-    together = adjacent(tensors)
-    return None if together is None else Dense(together)
-
-
-def adjacent(parts: Sequence[torch.Tensor]) -> torch.Tensor | None:
-    """The tensor whose dimension 0 is ``parts`` one after another, if they lie so in one storage."""
-    first = parts[0]
-    storage, strides, step = first.untyped_storage().data_ptr(), first.stride(), first.stride(0)
-    expected = first.storage_offset()
-    for part in parts:
-        if part.untyped_storage().data_ptr() != storage or part.dtype != first.dtype:
-            return None
-        if part.stride() != strides or part.storage_offset() != expected or part.shape[1:] != first.shape[1:]:
-            return None
-        expected += part.shape[0] * step
-    shape = (sum(part.shape[0] for part in parts), *first.shape[1:])
-    return first.as_strided(shape, strides, first.storage_offset())
 
 
 def dense(form: WeightForm) -> torch.Tensor:

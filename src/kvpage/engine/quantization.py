@@ -1,0 +1,114 @@
+"""Which quantization scheme an engine loads its weights through."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+from kvpage.api.quant import CheckpointView, QuantScheme
+from kvpage.api.records import QuantizationSchemeRecord
+from kvpage.config import EngineOptions
+from kvpage.errors import CheckpointError, ConfigError, KvpageError, PluginError
+from kvpage.models.hf_config import HFConfig
+from kvpage.plugins import PluginRegistry, load
+
+HOOK = "kvpage_quantization_schemes"
+
+
+@dataclass(frozen=True, slots=True)
+class SchemeChoice:
+    """A scheme and the ``quantization_config`` it is made with, empty for one that quantizes plain weights."""
+
+    record: QuantizationSchemeRecord
+    kind: type[QuantScheme]
+    config: Mapping[str, Any] = field(default_factory=dict)
+
+    def open(self, view: CheckpointView) -> QuantScheme:
+        """The scheme for the tensors of ``view``.
+
+        Raises:
+            CheckpointError: ``config`` has a value that it does not know.
+            PluginError: the scheme's own code fails.
+        """
+        try:
+            return self.kind.from_checkpoint(self.config, view)
+        except KvpageError:
+            raise
+        except Exception as error:  # a plugin's code may raise anything
+            raise PluginError(
+                f"quantization scheme {self.record.name!r} cannot read this checkpoint's quantization_config "
+                f"({type(error).__name__}: {error}): repair its plugin, or use the unquantized checkpoint"
+            ) from error
+
+
+def find_scheme(options: EngineOptions, config: HFConfig, registry: PluginRegistry) -> SchemeChoice | None:
+    """What the checkpoint states or, for a plain one, ``options.quantization`` names; ``None``: weights stay plain.
+
+    Raises:
+        CheckpointError: the checkpoint is quantized and no scheme reads its format.
+        ConfigError: ``quantization`` is unknown, contradicts the checkpoint, or needs a checkpoint of its format.
+        PluginError: the scheme cannot be imported.
+    """
+    records = registry.quantization_schemes()
+    if config.quantization is not None:
+        return _stated(options, config, config.quantization, records)
+    if options.quantization is None:
+        return None
+    record = next((record for record in records if record.name == options.quantization), None)
+    if record is None:
+        record = next((record for record in records if options.quantization in record.methods), None)
+    if record is None:
+        raise ConfigError(f"quantization={options.quantization!r} is no registered scheme; {_known(records)}")
+    choice = SchemeChoice(record, _load(record))
+    if not choice.kind.quantizes_plain:
+        on_the_fly = [other.name for other in records if not other.methods]
+        raise ConfigError(
+            f"quantization={options.quantization!r} reads checkpoints quantized so, and {config.source} is not "
+            f"quantized: leave it out, or take one that quantizes while loading ({_names(on_the_fly)})"
+        )
+    return choice
+
+
+def _stated(
+    options: EngineOptions,
+    config: HFConfig,
+    stated: Mapping[str, Any],
+    records: list[QuantizationSchemeRecord],
+) -> SchemeChoice:
+    method = str(stated.get("quant_method", "unknown"))
+    record = next((record for record in records if method in record.methods), None)
+    if record is None:
+        raise CheckpointError(
+            f"{config.source} is quantized ({method}) and no loader for that is installed: {_known(records)}. Use the "
+            "unquantized checkpoint, or install a plugin that reads it"
+        )
+    if options.quantization not in (None, method, record.name):
+        raise ConfigError(
+            f"quantization={options.quantization!r} contradicts {config.source}, which is quantized by {method!r}: "
+            "leave the option out, or give the unquantized checkpoint"
+        )
+    if options.load_format == "dummy":
+        raise ConfigError(
+            f"load_format='dummy' makes plain weights, and {config.source} is quantized ({method}): remove its "
+            "quantization_config"
+        )
+    return SchemeChoice(record, _load(record), stated)
+
+
+def _load(record: QuantizationSchemeRecord) -> type[QuantScheme]:
+    return cast("type[QuantScheme]", load(record))
+
+
+def _known(records: list[QuantizationSchemeRecord]) -> str:
+    names = [
+        f"{record.name} (reads {', '.join(record.methods)})"
+        if record.methods
+        else f"{record.name} (quantizes plain weights)"
+        for record in records
+    ]
+    return f"known are {', '.join(names) or 'none'}; plugins add others through the hook {HOOK}"
+
+
+def _names(names: list[str]) -> str:
+    return ", ".join(names) or "none is installed"

@@ -1,0 +1,79 @@
+"""Linear layers of quantized weights: one that computes from int8 codes, and one that computes any form."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+
+from kvpage.api.quant import ChannelInt8, Dense, LinearEnv, LinearKernel, WeightForm
+from kvpage.nn.linear import DenseLinear, RowProduct
+
+BLOCK_BYTES = 2 * 2**20
+"""Codes are converted in blocks of this size, which are multiplied while they are in the cache."""
+
+
+class Int8Linear(LinearKernel):
+    """x @ codes.T * scales + bias: the codes become x's dtype block by block, x stays as it is.
+
+    The codes are exact in bfloat16 and float32 and are scaled after the product; float16 could overflow there, so
+    its weights are scaled before. Measured against bfloat16 ``DenseLinear``, [2048, 2048] on one Zen 4 thread: 1.5
+    times the time of 1 row, 1.4 of 32 rows, 1.07 of 256. ``torch._weight_int8pack_mm`` takes 0.4, 1.9 and 2.5
+    times; it is not used because a row's result must be the same for any number of rows, so one way has to serve
+    all.
+    """
+
+    name: ClassVar[str] = "int8"
+    __slots__ = ("_bias", "_codes", "_product", "_rows_at_once", "_scales")
+
+    @classmethod
+    def supports(cls, form: WeightForm, env: LinearEnv) -> list[str]:
+        reasons = []
+        if not isinstance(form, ChannelInt8):
+            reasons.append(f"weights held as {type(form).__name__} (has ChannelInt8)")
+        if env.dtype not in ("float32", "bfloat16", "float16"):
+            reasons.append(f"dtype {env.dtype} (has bfloat16, float16, float32)")
+        return reasons
+
+    def prepare(self, form: WeightForm, bias: torch.Tensor | None) -> None:
+        if not isinstance(form, ChannelInt8):
+            raise TypeError(f"Int8Linear computes ChannelInt8 weights, not {type(form).__name__}")
+        self._codes, self._scales = form.codes, form.scales
+        self._bias = bias
+        dtype: torch.dtype = getattr(torch, self.env.dtype)
+        self._product = RowProduct(form.codes.device.type, dtype)
+        self._rows_at_once = max(64, BLOCK_BYTES // (max(1, form.shape[1]) * dtype.itemsize))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        rows, outputs = x.shape[0], self._codes.shape[0]
+        out = x.new_empty((rows, outputs))
+        if rows == 0:
+            return out
+        before = x.dtype == torch.float16
+        x = self._product.pad(x)
+        for start in range(0, outputs, self._rows_at_once):
+            stop = start + self._rows_at_once
+            codes, scales = self._codes[start:stop], self._scales[start:stop]
+            if before:
+                weight = (codes.float() * scales.unsqueeze(1)).to(x.dtype)
+                out[:, start:stop] = self._product(x, weight, None)[:rows]
+            else:
+                torch.mul(self._product(x, codes.to(x.dtype), None)[:rows], scales, out=out[:, start:stop])
+        return out if self._bias is None else out.add_(self._bias)
+
+
+class DequantizeLinear(DenseLinear):
+    """Any form, computed as the plain numbers it stands for: the reference, and what runs where nothing else does.
+
+    The weight exists a second time, in the model's dtype and outside the engine's arena.
+    """
+
+    name: ClassVar[str] = "dequantize"
+    __slots__ = ()
+
+    @classmethod
+    def supports(cls, form: WeightForm, env: LinearEnv) -> list[str]:
+        return ["plain weights, which are computed where they lie"] if isinstance(form, Dense) else []
+
+    def prepare(self, form: WeightForm, bias: torch.Tensor | None) -> None:
+        super().prepare(Dense(form.dequantize().to(getattr(torch, self.env.dtype))), bias)
