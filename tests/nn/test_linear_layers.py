@@ -14,7 +14,7 @@ from kvpage.errors import PluginError
 from kvpage.nn.linear import DenseLinear, build_fused, build_linear, make_kernel
 
 ENV = DecoderEnv(device="cpu", dtype="float32")
-SHAPES = [(768, 1280), (2048, 768), (768, 768), (96, 72), (100, 36), (40, 7)]
+SHAPES = [(768, 1280), (1536, 512), (2048, 768), (768, 768), (96, 72), (100, 36), (40, 7)]
 
 
 def random(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.Tensor:

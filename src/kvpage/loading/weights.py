@@ -7,7 +7,7 @@ merged tensor, and the file's pages are let go behind the copy.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import groupby
 
@@ -213,10 +213,10 @@ class _Loader:
         stored = entry_shape(self._view.info(ref.name).shape, ref)
         first = 0 if ref.index is None else ref.index * stored[0]
         if ref.transpose:
-            columns = columns(ref, stored[1])
+            taken = columns(ref, stored[1])
             at = 0
             for piece in self._view.slices(ref.name, first, first + stored[0]):
-                target.t()[at : at + piece.shape[0]].copy_(piece[:, columns])
+                target.t()[at : at + piece.shape[0]].copy_(piece[:, taken])
                 at += piece.shape[0]
             return
         at = 0
