@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from test_family_parity import make_model, oracle_logits, prompt
 
 from kvpage.api.model import DecoderEnv, ModelDefinition
+from kvpage.api.parameters import parameters
 from kvpage.errors import CheckpointError
 from kvpage.loading.memory import Arena
 from kvpage.loading.readers import DummyView, ModuleView
@@ -127,6 +129,27 @@ def test_a_checkpoint_of_the_bare_model_is_read(tmp_path: Path, family: str, opt
     save_file(bare, tmp_path / "model.safetensors", {"format": "pt"})
     definition = translate(HFConfig.from_folder(tmp_path), max_model_len=None)
     assert_same_logits(decoder_from(tmp_path, definition), model)
+
+
+@pytest.mark.parametrize(("family", "options"), CASES)
+def test_a_model_has_as_many_parameters_as_transformers_counts(family: str, options: dict[str, Any]) -> None:
+    model, translate = build(family, options)
+    definition = translate(HFConfig.from_object(model.config), max_model_len=None)
+    count = sum(math.prod(parameter.shape) for parameter in parameters(definition.spec))
+    assert count == model.num_parameters()
+
+
+@pytest.mark.parametrize(("family", "options"), SMALLEST)
+def test_half_precision_is_close_to_transformers_own(family: str, options: dict[str, Any]) -> None:
+    model, translate = build(family, options)
+    definition = translate(HFConfig.from_object(model.config), max_model_len=None)
+    exact = oracle_logits(model, prompt(40))
+    half = model.to(torch.bfloat16)
+    theirs = (oracle_logits(half, prompt(40)).float() - exact).abs().mean()
+    loaded = load_weights(definition, ModuleView(half), dtype=torch.bfloat16, device="cpu", arena=Arena())
+    decoder = Decoder(definition.spec, loaded.weights, DecoderEnv(device="cpu", dtype="bfloat16"))
+    ours = (all_logits(decoder, prompt(40)).float() - exact).abs().mean()
+    assert 0 < ours <= 1.25 * theirs
 
 
 @pytest.mark.parametrize(("family", "options"), SMALLEST)
