@@ -6,11 +6,12 @@ limits, KV memory) comes from ``kvpage.config``, the same functions that the eng
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from kvpage.api.model import AttentionSpec, DecoderSpec, MLPSpec
+from kvpage.api.model import DecoderSpec, MLPSpec
 from kvpage.config import (
     ELEMENT_SIZES,
     EngineOptions,
@@ -72,6 +73,7 @@ class MemoryPlan:
             the null block included. tokens: that the KV pool holds.
         sequences: length -> how many sequences of that length fit at once.
         missing: what lacks before weights, activations, runtime and one KV block fit; 0 if they do.
+        runnable: quantization formats that an engine of this installation runs.
         remedies: what to turn, where it does not fit or no sequence of ``max_model_len`` does.
     """
 
@@ -93,6 +95,7 @@ class MemoryPlan:
     tokens: int
     sequences: Mapping[int, int]
     missing: int
+    runnable: tuple[str, ...] = ()
     remedies: Sequence[Remedy] = ()
 
     @property
@@ -109,11 +112,12 @@ class MemoryPlan:
     def cannot_run_yet(self) -> tuple[str, ...]:
         """What this plan or its remedies count on, and no engine of this version runs."""
         devices, flags = self.devices, " ".join(remedy.flags for remedy in self.remedies)
+        advised = re.findall(r"--quantization (\S+)", flags)
+        formats = {*advised, *([] if self.quantization is None else [self.quantization])}
         needed = {
             "GPUs (--gpu)": devices.kind != "cpu",
             "tensor parallelism (-tp)": devices.count > 1 or "-tp " in flags,
-            "quantized checkpoints (--quantization)": self.quantization is not None
-            or "--quantization " in flags,
+            "quantized checkpoints (--quantization)": not formats <= set(self.runnable),
         }
         return tuple(part for part, is_needed in needed.items() if is_needed)
 
@@ -145,13 +149,11 @@ def activation_bytes(spec: DecoderSpec, *, dtype: str, tokens: int, rows: int, r
     Attention is taken to keep no score matrix. ``tokens`` of a step, ``rows`` whose logits are needed.
     """
     widest = 0
-    for layer in spec.layers:
-        if isinstance(layer.mixer, AttentionSpec):
-            # q, k, v before and after rope, and the output of attention.
-            mixer = layer.mixer
-            heads, kv_heads = mixer.num_heads / ranks, kv_heads_per_device(mixer.num_kv_heads, ranks)
-            width = 2 * (heads * mixer.head_dim + kv_heads * (mixer.head_dim + mixer.v_head_dim))
-            widest = max(widest, int(width + heads * mixer.v_head_dim))
+    for layer, mixer in zip(spec.layers, spec.attention, strict=True):
+        # q, k, v before and after rope, and the output of attention.
+        heads, kv_heads = mixer.num_heads / ranks, kv_heads_per_device(mixer.num_kv_heads, ranks)
+        width = 2 * (heads * mixer.head_dim + kv_heads * (mixer.head_dim + mixer.v_head_dim))
+        widest = max(widest, int(width + heads * mixer.v_head_dim))
         mlp, used = (layer.ffn, 1) if isinstance(layer.ffn, MLPSpec) else (layer.ffn.expert, layer.ffn.top_k)
         widest = max(widest, used * (3 if mlp.gated else 2) * mlp.intermediate_size // ranks)
     # Residual stream, its normed copy, the sublayer's output, and one copy in flight.
@@ -169,14 +171,13 @@ def runtime_bytes(devices: Devices) -> int:
 def split_reasons(spec: DecoderSpec, ranks: int) -> list[str]:
     """Why a model cannot be split over ``ranks`` devices; empty if it can."""
     reasons = []
-    for mixer in (layer.mixer for layer in spec.layers):
-        if isinstance(mixer, AttentionSpec):
-            if mixer.num_heads % ranks:
-                reasons.append(f"{mixer.num_heads} attention heads do not divide by {ranks}")
-            if mixer.num_kv_heads % ranks and ranks % mixer.num_kv_heads:
-                reasons.append(
-                    f"{mixer.num_kv_heads} KV heads can be neither divided among {ranks} nor repeated evenly"
-                )
+    for mixer in spec.attention:
+        if mixer.num_heads % ranks:
+            reasons.append(f"{mixer.num_heads} attention heads do not divide by {ranks}")
+        if mixer.num_kv_heads % ranks and ranks % mixer.num_kv_heads:
+            reasons.append(
+                f"{mixer.num_kv_heads} KV heads can be neither divided among {ranks} nor repeated evenly"
+            )
     return sorted(set(reasons))
 
 
@@ -226,7 +227,7 @@ def measure(model: PlannedModel, options: EngineOptions, devices: Devices) -> Me
         block_bytes=block_bytes, longest_sequence_bytes=longest + block_bytes,
         tokens=0 if missing else min(chosen.num_blocks) * chosen.block_size,
         sequences={length: 0 if missing else _sequences(facts.groups, chosen, length) for length in lengths},
-        missing=missing,
+        missing=missing, runnable=tuple(sorted(model.schemes)),
     )  # fmt: skip
 
 
@@ -247,9 +248,15 @@ def _model_facts(model: PlannedModel, ranks: int) -> ModelFacts:
 
 
 def _quantization(model: PlannedModel, options: EngineOptions) -> Quantization | None:
-    stated = model.quantization_config
-    method = options.quantization or stated.get("quant_method")
-    return None if method is None else Quantization.of(str(method), stated)
+    config = model.quantization_config
+    stated = config.get("quant_method")
+    if stated is not None and options.quantization not in (None, stated):
+        raise ConfigError(
+            f"quantization={options.quantization!r} contradicts {model.name}, which is quantized by {stated!r}: "
+            "leave the option out, or give the unquantized checkpoint"
+        )
+    method = stated or options.quantization
+    return None if method is None else Quantization.of(str(method), config, model.schemes)
 
 
 def _sequence_bytes(facts: ModelFacts, chosen: Resolved) -> int:

@@ -14,6 +14,7 @@ from typing import Any, Literal, TypeAlias
 
 from kvpage.api.model import DecoderSpec, WeightMap
 from kvpage.api.parameters import Parameter, parameters
+from kvpage.api.quant import CheckpointView
 from kvpage.config import ELEMENT_SIZES
 from kvpage.errors import CheckpointError, ConfigError
 
@@ -25,6 +26,12 @@ Sharding: TypeAlias = Literal["split", "kv", "replicated"]
 
 FLOATING = frozenset({"F64", "F32", "F16", "BF16"})
 """Stored dtypes that loading converts to the engine's dtype; any other is kept as it is stored."""
+
+TORCH_DTYPES: Mapping[str, tuple[str, int]] = {
+    "float64": ("F64", 8), "float32": ("F32", 4), "float16": ("F16", 2), "bfloat16": ("BF16", 2), "int64": ("I64", 8),
+    "int32": ("I32", 4), "int16": ("I16", 2), "int8": ("I8", 1), "uint8": ("U8", 1),
+}  # fmt: skip
+"""What safetensors calls torch's dtypes, and bytes an element."""
 
 HEADER_LIMIT = 100_000_000
 """Longest safetensors header that is read; the format's own limit."""
@@ -41,32 +48,47 @@ class StoredTensor:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Quantization:
-    """How linear weights are packed: the format's name, and bits a weight with its scales and zeros."""
+    """How linear weights are packed.
+
+    Attributes:
+        method: the format's name.
+        bits: of a weight, with its share of what a group has (scale, zero point).
+        output_bits: of what each output has besides (its scale).
+    """
 
     method: str
     bits: float
+    output_bits: int = 0
 
     @classmethod
-    def of(cls, method: str, stated: Mapping[str, Any]) -> Quantization:
-        """From a format's name and what the checkpoint's ``quantization_config`` states.
+    def of(cls, method: str, stated: Mapping[str, Any], schemes: Mapping[str, float]) -> Quantization:
+        """From a format's name, what the checkpoint's ``quantization_config`` states, and the bits of ``schemes``.
 
         Raises:
             ConfigError: a format of unknown size.
         """
-        if method not in QUANTIZED_BITS:
-            known = ", ".join(sorted(QUANTIZED_BITS))
+        known = {**QUANTIZED_BITS, **schemes}
+        if method not in known:
             raise ConfigError(
-                f"quantization={method!r}: its size is not known to the plan; known are {known}"
+                f"quantization={method!r}: its size is not known to the plan; known are {', '.join(sorted(known))}"
             )
-        bits = int(stated.get("bits") or stated.get("w_bit") or QUANTIZED_BITS[method])
-        group = int(stated.get("group_size") or stated.get("q_group_size") or 128)
-        if method not in {"awq", "gptq"} or group < 1:
-            return cls(method=method, bits=bits)
+        bits = float(stated.get("bits") or stated.get("w_bit") or known[method])
+        group = int(stated.get("group_size") or stated.get("q_group_size") or GROUPS.get(method, 0))
+        if group < 1:
+            return cls(method=method, bits=bits, output_bits=32)
         # Each group has a float16 scale and a zero point of the weights' own width.
         return cls(method=method, bits=bits + (16 + bits) / group)
 
+    def nbytes(self, shape: tuple[int, ...]) -> int:
+        """Bytes of a weight of ``shape`` [out, in]."""
+        return int(math.prod(shape) * self.bits + shape[0] * self.output_bits) // 8
 
-QUANTIZED_BITS: Mapping[str, int] = {"awq": 4, "gptq": 4, "int8": 8, "fp8": 8}
+
+QUANTIZED_BITS: Mapping[str, float] = {"awq": 4, "gptq": 4, "fp8": 8}
+"""Formats that a plan can size whether or not a scheme that reads them is installed."""
+
+GROUPS: Mapping[str, int] = {"awq": 128, "gptq": 128}
+"""Weights that share a scale where the format has groups and nothing states their size."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -92,6 +114,8 @@ class PlannedModel:
     """What a plan knows of a model: its spec, the dtype it is stored in, and what its files' headers say.
 
     ``stored`` is empty for a folder with nothing but a config; ``quantization_config`` is the checkpoint's own.
+    ``schemes``: formats that an engine of this installation loads (or quantizes to), and their bits a weight.
+    ``on_the_fly``: those of them that quantize plain weights.
     """
 
     name: str
@@ -100,14 +124,18 @@ class PlannedModel:
     weights: WeightMap = field(default_factory=dict)
     stored: Mapping[str, StoredTensor] = field(default_factory=dict)
     quantization_config: Mapping[str, Any] = field(default_factory=dict)
+    schemes: Mapping[str, float] = field(default_factory=dict)
+    on_the_fly: tuple[str, ...] = ()
 
 
 def weigh(model: PlannedModel, *, dtype: str, ranks: int, quantization: Quantization | None) -> WeightSizes:
     """Bytes of the weights once loaded as ``dtype`` on ``ranks`` devices.
 
-    A tensor found in the file headers counts with its real size (floating ones converted to ``dtype``);
-    any other as its spec says, packed as ``quantization`` says.
+    A tensor found in the file headers counts with its real size (floating ones converted to ``dtype``); any
+    other as its spec says, packed as ``quantization`` says. Where ``quantization`` is not the checkpoint's own,
+    plain weights count as packed too.
     """
+    becomes_packed = quantization is not None and not model.quantization_config
     modules = _by_module(model.stored)
     element = ELEMENT_SIZES[dtype]
     total: dict[Part, int] = dict.fromkeys(PARTS, 0)
@@ -118,9 +146,10 @@ def weigh(model: PlannedModel, *, dtype: str, ranks: int, quantization: Quantiza
         nbytes = _stored_bytes(model, modules, parameter, elements, element)
         seen += 1
         found += nbytes is not None
-        if nbytes is None:
-            bits = quantization.bits if quantization is not None and _is_packed(parameter) else 8 * element
-            nbytes = int(elements * bits / 8)
+        if quantization is not None and _is_packed(parameter) and (nbytes is None or becomes_packed):
+            nbytes = quantization.nbytes(parameter.shape)
+        elif nbytes is None:
+            nbytes = elements * element
         count += elements
         part = _part(parameter)
         total[part] += nbytes
@@ -138,23 +167,35 @@ def kv_heads_per_device(num_kv_heads: int, ranks: int) -> int:
     return max(1, -(-num_kv_heads // ranks))
 
 
-def read_headers(folder: Path) -> dict[str, StoredTensor]:
-    """Every tensor that the safetensors files of ``folder`` state in their headers; no weight is read.
+def stored_tensors(view: CheckpointView) -> dict[str, StoredTensor]:
+    """Every tensor that a checkpoint reader states, in the terms of safetensors headers."""
+    tensors: dict[str, StoredTensor] = {}
+    for name in view.names():
+        info = view.info(name)
+        dtype, size = TORCH_DTYPES.get(info.dtype, (info.dtype, 1))
+        count = math.prod(info.shape)
+        tensors[name] = StoredTensor(dtype=dtype, count=count, nbytes=count * size)
+    return tensors
+
+
+def read_headers(path: Path) -> dict[str, StoredTensor]:
+    """Every tensor that the safetensors files of a folder, or one such file, state in their headers; no weight is
+    read.
 
     Raises:
         CheckpointError: a file is not safetensors, or is cut off within its header.
     """
     tensors: dict[str, StoredTensor] = {}
-    for path in sorted(folder.glob("*.safetensors")):
+    for file in [path] if path.is_file() else sorted(path.glob("*.safetensors")):
         try:
-            for name, entry in _header(path).items():
+            for name, entry in _header(file).items():
                 start, stop = entry["data_offsets"]
                 tensors[name] = StoredTensor(
                     dtype=str(entry["dtype"]), count=math.prod(entry["shape"]), nbytes=stop - start
                 )
         except (ValueError, TypeError, KeyError, AttributeError, OSError) as error:
             raise CheckpointError(
-                f"{path} is not a whole safetensors file ({type(error).__name__}: {error}): fetch it again"
+                f"{file} is not a whole safetensors file ({type(error).__name__}: {error}): fetch it again"
             ) from error
     return tensors
 

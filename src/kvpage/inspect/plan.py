@@ -79,7 +79,7 @@ def _remedies(
     def together(kinds: Sequence[Sequence[_Change]]) -> list[Remedy]:
         return [remedy for pair in combinations(kinds, 2) if (remedy := first(product(*pair)))]
 
-    flags = [*_memory_changes(options, devices, plan), *_model_changes(plan)]
+    flags = [*_memory_changes(options, devices, plan), *_model_changes(model, plan)]
     hardware = _hardware_changes(model.spec, devices)
     found = (alone(flags) or together(flags)) + alone(hardware)
     return found or together([*flags, *hardware])
@@ -96,13 +96,14 @@ def _memory_changes(options: EngineOptions, devices: Devices, plan: MemoryPlan) 
              for value in SHARES if value > share + 0.001]]  # fmt: skip
 
 
-def _model_changes(plan: MemoryPlan) -> list[list[_Change]]:
+def _model_changes(model: PlannedModel, plan: MemoryPlan) -> list[list[_Change]]:
     chosen = plan.resolved
     kinds = []
     if plan.quantization is None:
         if chosen.dtype == "float32":
             kinds.append([_Change(flag="--dtype bfloat16", options={"dtype": "bfloat16"})])
-        kinds.append([_Change(flag="--quantization awq", options={"quantization": "awq"})])
+        for name in (*model.on_the_fly, "awq"):
+            kinds.append([_Change(flag=f"--quantization {name}", options={"quantization": name})])
     if plan.fits:
         lengths = (2**power for power in range(chosen.max_model_len.bit_length(), 6, -1))
         kinds.append([_Change(flag=f"--max-model-len {length}", options={"max_model_len": length})
