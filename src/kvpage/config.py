@@ -52,7 +52,8 @@ class EngineOptions:
         tokenizer_mode: "auto", or "slow" for transformers' Python tokenizers.
         trust_remote_code: let transformers run code that comes with a tokenizer.
         revision, tokenizer_revision, download_dir, hf_token: for the hub.
-        load_format: "auto" / "safetensors", or "dummy" for random weights of the model's shape.
+        load_format: "auto" = by the files that are there, the name of a checkpoint reader ("safetensors", or a
+            plugin's), or "dummy" for random weights of the model's shape.
         dtype: of weights and activations: "auto" = the checkpoint's, "float32", "bfloat16", "float16", "half",
             "float".
         device: "auto" or "cpu"; GPU backends ("cuda", "cuda:1", "hip") have not landed yet.
@@ -70,7 +71,10 @@ class EngineOptions:
         kv_cache_memory: bytes for KV ("2GiB" too), or
         gpu_memory_utilization: share of a GPU's memory for weights and KV; not applicable on a CPU.
         kv_cache_dtype: "auto" = the model's dtype.
+        model_impl: "auto" = a model family of kvpage's where there is one, else transformers' own code with its
+            attention in paged KV, slower; "kvpage" or "transformers" takes that path or refuses.
         attention_backend: name of a registered backend; ``None`` = the best that fits.
+        decoder_backend: name of a registered decoder backend; ``None`` = the best that fits.
         quantization: quantization scheme, by name; none has landed yet.
         tensor_parallel_size: ranks the model is split over; more than 1 has not landed yet.
         seed: makes requests without a seed of their own repeatable in submission order; ``None`` = entropy.
@@ -108,7 +112,9 @@ class EngineOptions:
     kv_cache_memory: int | str | None = None
     gpu_memory_utilization: float | None = None
     kv_cache_dtype: str = "auto"
+    model_impl: str = "auto"
     attention_backend: str | None = None
+    decoder_backend: str | None = None
     quantization: str | None = None
     tensor_parallel_size: int = 1
     seed: int | None = None
@@ -139,12 +145,14 @@ class EngineOptions:
         key = self.prefix_cache_key
         if key is not None and not (isinstance(key, bytes) and 0 < len(key) <= 64):
             raise ConfigError(f"prefix_cache_key must be 1 to 64 bytes, got {type(key).__name__} {key!r:.80}")
+        if self.model_impl not in {"auto", "kvpage", "transformers"}:
+            raise ConfigError(
+                f"model_impl must be 'auto', 'kvpage' or 'transformers', got {self.model_impl!r:.80}"
+            )
         if self.dtype != "auto" and str(self.dtype).removeprefix("torch.") not in DTYPES:
             raise ConfigError(f"dtype must be 'auto' or one of {', '.join(DTYPES)}, got {self.dtype!r}")
-        if self.load_format not in {"auto", "safetensors", "dummy"}:
-            raise ConfigError(
-                f"load_format must be 'auto', 'safetensors' or 'dummy', got {self.load_format!r}"
-            )
+        if not isinstance(self.load_format, str):
+            raise ConfigError(f"load_format must be text, such as 'auto', got {self.load_format!r:.80}")
         if self.generation_config not in {"auto", "none", "vllm"}:
             raise ConfigError(f"generation_config must be 'auto' or 'none', got {self.generation_config!r}")
         utilization = self.gpu_memory_utilization
@@ -210,7 +218,8 @@ class MachineFacts:
 class Resolved:
     """Every value an engine runs with; ``reasons`` says where each came from.
 
-    ``num_blocks`` a KV group, without the null block; ``kv_bytes`` what they take in all.
+    ``num_blocks`` a KV group, without the null block; ``kv_bytes`` what they take in all. ``attention_backend`` and
+    ``decoder_backend`` are the names of those an engine took; "" in a plan, which takes none.
     """
 
     device: str
@@ -224,6 +233,8 @@ class Resolved:
     kv_bytes: int
     reasons: Mapping[str, str] = field(default_factory=dict)
     notes: Sequence[str] = ()
+    attention_backend: str = ""
+    decoder_backend: str = ""
 
 
 def resolve_dtype(options: EngineOptions, checkpoint_dtype: str) -> str:

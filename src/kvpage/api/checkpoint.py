@@ -14,6 +14,46 @@ if TYPE_CHECKING:
     from kvpage.api.quant import CheckpointView
 
 
+MAX_JSON_BYTES = 64 * 2**20
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The config.json of ``folder``.
+
+    Raises:
+        CheckpointError: no such file, or not a JSON object.
+    """
+    path = folder / "config.json"
+    if not path.is_file():
+        raise CheckpointError(
+            f"{folder} has no config.json; give the folder of a checkpoint in Hugging Face layout "
+            "(config.json, *.safetensors, tokenizer files)"
+        )
+    return read_json_object(path)
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """The JSON object in ``path``.
+
+    Raises:
+        CheckpointError: unreadable, larger than 64 MiB, not JSON, or not an object.
+    """
+    try:
+        size = path.stat().st_size
+        if size > MAX_JSON_BYTES:
+            raise CheckpointError(
+                f"{path} has {size} bytes, at most {MAX_JSON_BYTES} are read; is it the right file?"
+            )
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is not valid JSON: {error}; download the checkpoint again") from error
+    if not isinstance(data, dict):
+        raise CheckpointError(f"{path} must hold a JSON object, found a {type(data).__name__}")
+    return data
+
+
 class CheckpointReader(ABC):
     """Opens one checkpoint; it is made anew for each engine, with the folder (or file) that was named.
 
@@ -25,19 +65,12 @@ class CheckpointReader(ABC):
         self.path = path
 
     def config(self) -> Mapping[str, Any]:
-        """The model's config under Hugging Face's keys; by default config.json of the folder.
+        """The model's config under Hugging Face's keys; by default config.json of the folder, or beside the file.
 
         A format that keeps it in metadata (GGUF) translates; ``quantization_config.quant_method`` names the
         scheme that reads its weights.
         """
-        path = self.path / "config.json"
-        try:
-            found = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"{path} cannot be read: {error}") from error
-        if not isinstance(found, dict):
-            raise CheckpointError(f"{path} must hold a JSON object, found a {type(found).__name__}")
-        return found
+        return read_config(self.path.parent if self.path.is_file() else self.path)
 
     @abstractmethod
     def weights(self) -> CheckpointView:

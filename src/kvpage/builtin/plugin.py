@@ -5,6 +5,8 @@ from __future__ import annotations
 from kvpage import hookimpl
 from kvpage.api.records import (
     AttentionBackendRecord,
+    CheckpointReaderRecord,
+    DecoderBackendRecord,
     LinearKernelRecord,
     ModelRecord,
     QuantizationSchemeRecord,
@@ -20,6 +22,30 @@ def kvpage_attention_backends() -> list[AttentionBackendRecord]:
             factory="kvpage.builtin.reference_attention:ReferenceAttention",
             priority=-100,
             summary="plain torch; runs everything, on any device",
+        )
+    ]
+
+
+@hookimpl
+def kvpage_decoder_backends() -> list[DecoderBackendRecord]:
+    return [
+        DecoderBackendRecord(
+            name="torch",
+            factory="kvpage.models.decoder:TorchDecoder",
+            priority=-100,
+            summary="layer by layer in torch; runs every model, over any attention backend",
+        )
+    ]
+
+
+@hookimpl
+def kvpage_checkpoint_readers() -> list[CheckpointReaderRecord]:
+    return [
+        CheckpointReaderRecord(
+            name="safetensors",
+            factory="kvpage.loading.readers:SafetensorsReader",
+            files=("*.safetensors",),
+            summary="a folder in Hugging Face layout",
         )
     ]
 

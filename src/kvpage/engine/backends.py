@@ -1,21 +1,121 @@
-"""What an engine needs of its backends, and the KV memory made with the chosen one."""
+"""What an engine needs of its backends and other parts that plugins bring, and the KV memory made with the chosen
+attention backend."""
 
 from __future__ import annotations
 
-from typing import cast
+import functools
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, NoReturn, cast
 
 import torch
 
 from kvpage.api.attention import AttentionEnv, AttentionNeed
-from kvpage.api.model import PagedModelSpec
+from kvpage.api.model import DecoderEnv, DecoderSpec, PagedModelSpec
+from kvpage.api.quant import WeightForm
 from kvpage.api.scheduling import SchedulingPolicy
 from kvpage.config import EngineOptions, GroupFacts, MachineFacts, Resolved
-from kvpage.errors import ConfigError
+from kvpage.errors import ConfigError, PluginError
 from kvpage.inspect.machine import available_memory, total_memory
 from kvpage.loading.memory import Arena
 from kvpage.nn.rotary import build_rope
-from kvpage.plugins import BackendChoice, PluginRegistry, load
+from kvpage.plugins import BackendChoice, DecoderChoice, PluginRegistry, load
+from kvpage.plugins.selection import BuiltDecoder, choose_kernels, no_lines
 from kvpage.runner.kvstore import KVStore
+
+LOG = logging.getLogger("kvpage")
+
+
+@dataclass(frozen=True, slots=True)
+class Backends:
+    """What an engine computes with. ``decoder``: ``None`` for a model that is computed by code of its own."""
+
+    attention: BackendChoice
+    decoder: DecoderChoice | None
+    env: DecoderEnv
+
+    def build(self, spec: DecoderSpec, weights: Mapping[str, WeightForm]) -> BuiltDecoder:
+        """The model, by the first decoder backend that builds it.
+
+        Raises:
+            ConfigError: none does.
+            PluginError: the last one fails.
+        """
+        if self.decoder is None:
+            raise PluginError(f"{spec.family} was given no decoder backend")
+        built = self.decoder.build(spec, weights, self.env)
+        for line in no_lines(built.rejected):
+            LOG.info("decoder backend %s", line)
+        return built
+
+
+def choose_backends(
+    options: EngineOptions, registry: PluginRegistry, spec: PagedModelSpec, device: str, dtype: str
+) -> Backends:
+    """Attention backend, decoder backend and linear kernels for a model.
+
+    Raises:
+        ConfigError: a backend that ``options`` name is unknown or cannot serve, or none is left.
+    """
+    need = attention_need(options, spec, device, dtype)
+    kernels, lost = choose_kernels(registry.linear_kernels())
+    for line in no_lines(lost):
+        LOG.warning("linear kernel %s", line)
+    env = DecoderEnv(device=device, dtype=dtype, linear_kernels=kernels)
+    if isinstance(spec, DecoderSpec):
+        decoder = registry.select_decoder(
+            need,
+            spec,
+            env,
+            decoder_backend=options.decoder_backend,
+            attention_backend=options.attention_backend,
+        )
+        LOG.debug("decoder backends:\n%s", decoder.explain())
+        backends = Backends(decoder.attention, decoder, env)
+    elif options.decoder_backend is not None:
+        raise ConfigError(
+            f"decoder_backend={options.decoder_backend!r} runs models that a family describes, and {spec.family} "
+            "is computed by transformers' own code: leave it out"
+        )
+    else:
+        backends = Backends(registry.select_attention_backend(need, options.attention_backend), None, env)
+    for line in backends.attention.ignored:
+        LOG.warning("%s", line)
+    LOG.debug("attention backends:\n%s", backends.attention.explain())
+    return backends
+
+
+def with_backends(
+    config: Resolved, attention: BackendChoice, decoder: str, reason: str, path: str
+) -> Resolved:
+    """``config`` with what was chosen, and why, and by which path the model runs; told to the log in one line."""
+    LOG.info("attention backend %s, decoder %s", attention.record.name, decoder)
+    reasons = {**config.reasons, "attention_backend": attention.reason, "decoder_backend": reason, "model_impl": path}
+    return replace(config, attention_backend=attention.record.name, decoder_backend=decoder, reasons=reasons)
+
+
+def warn_of_broken(registry: PluginRegistry) -> None:
+    """A line in the log for each plugin that is broken."""
+    for status in registry.statuses():
+        if status.status == "failed":
+            LOG.warning("plugin %s (%s) is left out: %s", status.name, status.origin, status.reason)
+
+
+def find_processors(registry: PluginRegistry) -> dict[str, Callable[[], Any]]:
+    """What makes each logits processor; one that cannot be had refuses the requests that name it, and no other."""
+    found: dict[str, Callable[[], Any]] = {}
+    for record in registry.logits_processors():
+        try:
+            found[record.name] = load(record)
+        except PluginError as error:
+            LOG.warning("logits processor %s", error)
+            found[record.name] = functools.partial(_refuse, str(error))
+    return found
+
+
+def _refuse(reason: str) -> NoReturn:
+    raise PluginError(reason)
 
 
 def find_device(name: str) -> str:
@@ -100,6 +200,7 @@ def find_policy(chosen: str | SchedulingPolicy, registry: PluginRegistry) -> Sch
 
     Raises:
         ConfigError: no policy has that name.
+        PluginError: it cannot be made.
     """
     if not isinstance(chosen, str):
         return chosen
@@ -109,4 +210,11 @@ def find_policy(chosen: str | SchedulingPolicy, registry: PluginRegistry) -> Sch
             f"scheduling_policy={chosen!r} is not registered: use {', '.join(map(repr, sorted(known)))} "
             "or a SchedulingPolicy object"
         )
-    return cast(SchedulingPolicy, load(known[chosen])())
+    kind = load(known[chosen])
+    try:
+        return cast(SchedulingPolicy, kind())
+    except Exception as error:  # a plugin's constructor may raise anything
+        raise PluginError(
+            f"scheduling policy {chosen!r} cannot be made ({type(error).__name__}: {error}): take another, "
+            "or repair its plugin"
+        ) from error

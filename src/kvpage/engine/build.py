@@ -5,14 +5,11 @@ from __future__ import annotations
 import errno
 import logging
 import os
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
 
-import torch
-
 from kvpage.api.events import EventListener
-from kvpage.api.model import DecoderEnv, DecoderSpec
+from kvpage.api.model import PagedModelSpec
 from kvpage.api.records import Record
 from kvpage.cache.manager import BlockManager
 from kvpage.cache.tables import GroupConfig
@@ -24,27 +21,31 @@ from kvpage.config import (
     resolve_dtype,
 )
 from kvpage.engine.backends import (
-    attention_need,
+    choose_backends,
     find_device,
     find_policy,
+    find_processors,
     group_facts,
     machine_facts,
     make_kv_store,
+    warn_of_broken,
+    with_backends,
 )
 from kvpage.engine.core import EngineCore
 from kvpage.engine.executor import LocalExecutor
 from kvpage.engine.inputs import ChatTemplates, InputLimits, InputProcessor
+from kvpage.engine.model import make_model
 from kvpage.engine.quantization import find_scheme
-from kvpage.engine.source import Source, define_model, find_model, open_weights
+from kvpage.engine.source import Source, define_model, find_model
 from kvpage.engine.stats import Listeners, StatsLog
 from kvpage.errors import ConfigError, PluginError, RequestError
 from kvpage.loading.hub import resolve as resolve_model
 from kvpage.loading.memory import Arena, trim_heap
-from kvpage.loading.weights import load_weights
-from kvpage.models.decoder import Decoder
+from kvpage.models.define import describe_path
 from kvpage.models.hf_config import GenerationDefaults
 from kvpage.params import NEUTRAL
 from kvpage.plugins import PluginRegistry, load
+from kvpage.plugins.selection import unavailable
 from kvpage.runner.batch import BatchBuilder
 from kvpage.runner.runner import ModelRunner
 from kvpage.sample.sampler import Sampler
@@ -72,33 +73,22 @@ def build_engine(options: EngineOptions, plugins: PluginRegistry | None) -> Engi
         raise ConfigError(
             f"plugins must be a PluginRegistry, got {plugins!r:.80}: PluginRegistry(plugins=[...])"
         )
-    source = find_model(options)
+    warn_of_broken(registry)
+    source = find_model(options, registry)
     definition, context = define_model(options, source, registry)
+    path = describe_path(definition)
+    LOG.info("model path: %s", path)
     scheme = find_scheme(options, source.config, registry)
     spec = definition.spec
     device = find_device(options.device)
     dtype = resolve_dtype(options, source.config.dtype or "float32")
-    choice = registry.select_attention_backend(
-        attention_need(options, spec, device, dtype), options.attention_backend
-    )
-    LOG.debug("attention backends:\n%s", choice.explain())
+    backends = choose_backends(options, registry, spec, device, dtype)
     arena = Arena()
     try:
-        view = open_weights(options, source, definition)
-        weights = load_weights(
-            definition,
-            view,
-            dtype=getattr(torch, dtype),
-            device=device,
-            arena=arena,
-            scheme=None if scheme is None else scheme.open(view),
-        )
-        for warning in weights.warnings:
-            LOG.warning("%s", warning)
-        kernels = tuple(load(record) for record in registry.linear_kernels())
-        model = Decoder(spec, weights.weights, DecoderEnv(device=device, dtype=dtype, linear_kernels=kernels))
+        made = make_model(options, source, definition, scheme, backends, arena)
         facts = ModelFacts(context=context, dtype=dtype, groups=group_facts(spec))
-        config = resolve(options, facts, machine_facts(device), choice.block_size)
+        config = resolve(options, facts, machine_facts(device), backends.attention.block_size)
+        config = with_backends(config, backends.attention, made.decoder, made.reason, path)
         for note in config.notes:
             LOG.info("%s", note)
         tokenizer = _tokenizer(options, source)
@@ -106,10 +96,10 @@ def build_engine(options: EngineOptions, plugins: PluginRegistry | None) -> Engi
         eos = generation.eos_token_ids or source.config.eos_token_ids
         if not eos and tokenizer is not None and tokenizer.eos_token_id is not None:
             eos = (tokenizer.eos_token_id,)
-        processors: dict[str, Callable[[], Any]] = {r.name: load(r) for r in registry.logits_processors()}
+        processors = find_processors(registry)
         runner = ModelRunner(
-            model,
-            make_kv_store(spec, choice, config, arena),
+            made.model,
+            make_kv_store(spec, backends.attention, config, arena),
             BatchBuilder(
                 max_num_seqs=config.max_num_seqs,
                 max_num_batched_tokens=config.max_num_batched_tokens,
@@ -152,7 +142,7 @@ def _core(
     options: EngineOptions,
     registry: PluginRegistry,
     config: Resolved,
-    spec: DecoderSpec,
+    spec: PagedModelSpec,
     runner: ModelRunner,
     tokenizer: Tokenizer | None,
     arena: Arena,
@@ -178,7 +168,7 @@ def _core(
         ),
         blocks,
     )
-    listeners = [_make_listener(record) for record in registry.event_listeners()]
+    listeners = [_make_listener(record) for record in registry.event_listeners() if not unavailable(record)]
 
     def release() -> None:
         arena.close()
@@ -214,8 +204,12 @@ def _tokenizer(options: EngineOptions, source: Source) -> Tokenizer | None:
         str(chosen), revision=options.tokenizer_revision, download_dir=options.download_dir, token=options.hf_token
     )  # fmt: skip
     assert folder is not None, "either the model or the option names a folder"
-    mode = cast(Any, options.tokenizer_mode)
-    return load_tokenizer(folder, mode=mode, trust_remote_code=options.trust_remote_code)
+    return load_tokenizer(
+        folder,
+        mode=cast(Any, options.tokenizer_mode),
+        trust_remote_code=options.trust_remote_code,
+        tokenizer_json=source.own_tokenizer() if chosen is None else None,
+    )
 
 
 def _templates(options: EngineOptions, tokenizer: Tokenizer | None) -> ChatTemplates:

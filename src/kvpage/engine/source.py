@@ -3,41 +3,91 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+from kvpage.api.checkpoint import CheckpointReader
 from kvpage.api.model import ModelDefinition
 from kvpage.api.quant import CheckpointView
+from kvpage.api.records import CheckpointReaderRecord
 from kvpage.config import EngineOptions
-from kvpage.errors import ConfigError
+from kvpage.errors import CheckpointError, ConfigError, KvpageError, PluginError
 from kvpage.loading.locate import find_folder
-from kvpage.loading.readers import DummyView, ModuleView, open_checkpoint
-from kvpage.models.define import define
+from kvpage.loading.readers import DummyView, ModuleView
+from kvpage.models.define import choose_path
+from kvpage.models.fallback.source import FallbackDefinition
 from kvpage.models.hf_config import HFConfig
 from kvpage.plugins import PluginRegistry, load
+from kvpage.plugins.selection import DUMMY, check_load_format, choose_reader, load_class
 
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """Where a model comes from: a folder, or a living transformers model."""
+    """Where a model comes from: a folder (or a file in it) and what reads it, or a living transformers model."""
 
     folder: Path | None
     module: Any
     config: HFConfig
+    reader: CheckpointReader | None = None
+
+    def own_tokenizer(self) -> str | None:
+        """The tokenizer that the checkpoint itself holds, as the text of a tokenizer.json."""
+        if self.reader is None or self.folder is None:
+            return None
+        text: str | None = _ask(type(self.reader).__name__, self.folder, self.reader.tokenizer)
+        return text
 
 
-def find_model(options: EngineOptions) -> Source:
-    """The folder or object that ``options.model`` names, and its config."""
+def find_model(options: EngineOptions, registry: PluginRegistry) -> Source:
+    """The folder, file or object that ``options.model`` names, and its config.
+
+    Raises:
+        ConfigError: ``load_format`` names no reader.
+        CheckpointError: there is no such model, or its config cannot be read.
+    """
     model = options.model
+    readers = registry.checkpoint_readers()
+    check_load_format(options.load_format, [record.name for record in readers])
     if not isinstance(model, (str, os.PathLike)):
         if not hasattr(model, "state_dict") or not hasattr(model, "config"):
             raise ConfigError(
                 f"model must be a folder, a hub id, 'demo' or a transformers model, got {model!r:.80}"
             )
         return Source(None, model, living_config(model))
-    folder = find_folder(options)
-    return Source(folder, None, HFConfig.from_folder(folder))
+    path = find_folder(options, files=[pattern for record in readers for pattern in record.files])
+    record = choose_reader(readers, options.load_format, path).record
+    reader = open_reader(record, path)
+    folder = path.parent if path.is_file() else path
+    stated = _ask(record.name, path, reader.config)
+    own_file = path if path.is_file() else path / "config.json"
+    return Source(folder, None, HFConfig(stated, source=str(own_file)), reader)
+
+
+def open_reader(record: CheckpointReaderRecord, path: Path) -> CheckpointReader:
+    """The reader of ``record`` for ``path``.
+
+    Raises:
+        PluginError: it cannot be imported or breaks its contract.
+        CheckpointError: it cannot be made for ``path``.
+    """
+    kind = load_class(record, CheckpointReader)
+    reader: CheckpointReader = _ask(record.name, path, lambda: kind(path))
+    return reader
+
+
+def _ask(name: str, path: Path, question: Callable[[], Any]) -> Any:
+    """What a reader answers; what it raises, foreign code that it is, as an error of the checkpoint."""
+    try:
+        return question()
+    except (KvpageError, MemoryError):
+        raise
+    except Exception as error:
+        raise CheckpointError(
+            f"{path}: the checkpoint reader {name!r} fails ({type(error).__name__}: {error}): load_format names "
+            "another one, or leave its plugin out"
+        ) from error
 
 
 def living_config(model: Any) -> HFConfig:
@@ -50,16 +100,24 @@ def living_config(model: Any) -> HFConfig:
 
 def define_model(
     options: EngineOptions, source: Source, registry: PluginRegistry
-) -> tuple[ModelDefinition, int]:
-    """(the model as data, its context length)."""
-    config = source.config
-    return define(load(registry.model_for(config.architectures)), config, options)
+) -> tuple[ModelDefinition | FallbackDefinition, int]:
+    """(the model, its context length), by the path that it runs."""
+    return choose_path(
+        lambda architectures: cast(Callable[..., object], load(registry.model_for(architectures))),
+        source.config,
+        options,
+        folder=source.folder,
+        module=source.module,
+    )
 
 
 def open_weights(options: EngineOptions, source: Source, definition: ModelDefinition) -> CheckpointView:
     """The tensors that ``definition`` is loaded from."""
     if source.folder is None:
         return ModuleView(source.module)
-    if options.load_format == "dummy":
+    if options.load_format == DUMMY:
         return DummyView(definition)
-    return open_checkpoint(source.folder)
+    if source.reader is None:
+        raise PluginError(f"{source.folder} was opened without a reader")
+    view: CheckpointView = _ask(type(source.reader).__name__, source.folder, source.reader.weights)
+    return view

@@ -11,6 +11,7 @@ from typing import Protocol
 
 import torch
 
+from kvpage.api.checkpoint import CheckpointReader
 from kvpage.api.model import ModelDefinition, WeightRef
 from kvpage.api.parameters import parameters
 from kvpage.api.quant import CheckpointView, TensorInfo
@@ -21,6 +22,15 @@ SLICE_BYTES = 4 * 2**20
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 OTHER_FORMATS = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack", "*.gguf")
+
+
+class SafetensorsReader(CheckpointReader):
+    """A folder in Hugging Face layout, or one safetensors file of such a folder."""
+
+    def weights(self) -> CheckpointView:
+        if self.path.is_file():
+            return SafetensorsView([SafetensorsFile(self.path)])
+        return open_checkpoint(self.path)
 
 
 def open_checkpoint(path: Path) -> CheckpointView:

@@ -6,18 +6,17 @@ or ``dtype``, and the text part of a multimodal config under ``text_config``.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar, overload
 
+from kvpage.api.checkpoint import read_config, read_json_object
 from kvpage.errors import CheckpointError
 
 T = TypeVar("T")
 D = TypeVar("D")
 
-MAX_JSON_BYTES = 64 * 2**20
 LARGEST = 2**62
 MAX_LAYERS = 10_000
 
@@ -56,13 +55,7 @@ class HFConfig:
         Raises:
             CheckpointError: no such file, not JSON, not an object.
         """
-        path = folder / "config.json"
-        if not path.is_file():
-            raise CheckpointError(
-                f"{folder} has no config.json; give the folder of a checkpoint in Hugging Face layout "
-                "(config.json, *.safetensors, tokenizer files)"
-            )
-        return cls(read_json_object(path), source=str(path))
+        return cls(read_config(folder), source=str(folder / "config.json"))
 
     @classmethod
     def from_object(cls, config: Any) -> HFConfig:
@@ -256,25 +249,3 @@ def token_ids(value: object) -> tuple[int, ...]:
     return tuple(
         item for item in values if isinstance(item, int) and not isinstance(item, bool) and item >= 0
     )
-
-
-def read_json_object(path: Path) -> dict[str, Any]:
-    """The JSON object in ``path``.
-
-    Raises:
-        CheckpointError: unreadable, larger than 64 MiB, not JSON, or not an object.
-    """
-    try:
-        size = path.stat().st_size
-        if size > MAX_JSON_BYTES:
-            raise CheckpointError(
-                f"{path} has {size} bytes, at most {MAX_JSON_BYTES} are read; is it the right file?"
-            )
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not valid JSON: {error}; download the checkpoint again") from error
-    if not isinstance(data, dict):
-        raise CheckpointError(f"{path} must hold a JSON object, found a {type(data).__name__}")
-    return data

@@ -214,7 +214,11 @@ class SlowTokenizer(Tokenizer):
 
 
 def load_tokenizer(
-    path: str | PathLike[str], *, mode: Literal["auto", "slow"] = "auto", trust_remote_code: bool = False
+    path: str | PathLike[str],
+    *,
+    mode: Literal["auto", "slow"] = "auto",
+    trust_remote_code: bool = False,
+    tokenizer_json: str | None = None,
 ) -> Tokenizer:
     """The tokenizer of a model folder.
 
@@ -226,6 +230,7 @@ def load_tokenizer(
         path: a folder, or a tokenizer.json file.
         mode: "slow" goes through transformers even where there is a tokenizer.json.
         trust_remote_code: let transformers run the folder's own tokenizer code.
+        tokenizer_json: what stands in for the folder's tokenizer.json, whatever ``mode`` is.
 
     Raises:
         CheckpointError: no tokenizer there, or one that cannot be read.
@@ -236,8 +241,8 @@ def load_tokenizer(
     if not folder.is_dir():
         raise CheckpointError(f"no tokenizer: {folder} is not a folder: {WAY_OUT}")
     config = _read_json(folder / CONFIG_FILE)
-    if mode == "auto" and (folder / TOKENIZER_FILE).is_file():
-        return _load_fast(folder, config)
+    if tokenizer_json is not None or (mode == "auto" and (folder / TOKENIZER_FILE).is_file()):
+        return _load_fast(folder, config, tokenizer_json)
     return _load_slow(folder, config, trust_remote_code)
 
 
@@ -255,10 +260,11 @@ def wrap_tokenizer(transformers_tokenizer: Any) -> Tokenizer:
     )
 
 
-def _load_fast(folder: Path, config: Mapping[str, Any]) -> Tokenizer:
-    file = folder / TOKENIZER_FILE
+def _load_fast(folder: Path, config: Mapping[str, Any], text: str | None) -> Tokenizer:
+    """From ``text`` or, where that is ``None``, the folder's tokenizer.json."""
+    file = folder / TOKENIZER_FILE if text is None else "the tokenizer that the checkpoint holds"
     try:
-        backend = Backend.from_file(str(file))
+        backend = Backend.from_file(str(file)) if text is None else Backend.from_str(text)
     except Exception as error:  # the library raises plain Exception
         raise CheckpointError(f"{file} cannot be read ({error}): fetch it again, or {WAY_OUT}") from error
     backend.no_truncation()
