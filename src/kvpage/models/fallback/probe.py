@@ -142,11 +142,9 @@ def probe(model_class: Any, config: Any, max_position: int) -> Probed:
     config = copy.deepcopy(config)
     if hasattr(config, "_experts_implementation"):
         config._experts_implementation = "eager"  # it asks which experts are hit, and _Choices says none
-    if not getattr(model_class, "_supports_attention_backend", False):
-        raise Refused("its attention does not go through transformers' attention-function registry")
     try:
         # No values: torch's generators are not drawn from. Conditions on values are _Choices.
-        with torch.device("meta"), torch.no_grad(), _Choices():
+        with torch.device("meta"), torch.no_grad(), _Choices():  # type: ignore[no-untyped-call]
             model = model_class._from_config(config, attn_implementation=PROBE).eval()
             base, head = split(model)
             takes_positions(base)
@@ -321,17 +319,18 @@ def _ends(seen: torch.Tensor) -> list[int]:
 
 
 def _parameters(model: Any, recorder: _Recorder) -> list[ProbedParameter]:
+    """Every parameter, by the part of the model that its place or its name tells."""
     attention = tuple(f".{call.module}." for call in recorder.calls)
     inside, outside = model.get_input_embeddings(), model.get_output_embeddings()
-    parts: dict[int, str] = {}
-    for module, part in ((outside, "head"), (inside, "embedding")):
-        parts.update(
-            (id(parameter), part) for parameter in (module.parameters() if module is not None else ())
+    places: dict[int, str] = {}
+    for module, place in ((outside, "head"), (inside, "embedding")):
+        places.update(
+            (id(parameter), place) for parameter in (module.parameters() if module is not None else ())
         )
 
-    def part(name: str, parameter: torch.Tensor) -> str:
-        if id(parameter) in parts:
-            return parts[id(parameter)]
+    def part_of(name: str, parameter: torch.Tensor) -> str:
+        if id(parameter) in places:
+            return places[id(parameter)]
         if "norm" in name.rpartition(".")[0].rpartition(".")[2] or ".ln_" in name:
             return "norms"
         if any(place in f".{name}" for place in attention):
@@ -340,4 +339,4 @@ def _parameters(model: Any, recorder: _Recorder) -> list[ProbedParameter]:
             return "embedding"
         return "moe" if "expert" in name or "router" in name else "mlp"
 
-    return [ProbedParameter(name, tuple(p.shape), part(name, p)) for name, p in model.named_parameters()]
+    return [ProbedParameter(name, tuple(p.shape), part_of(name, p)) for name, p in model.named_parameters()]

@@ -56,6 +56,8 @@ def define_fallback(
         model_class, own = _find(config, folder, module, trust_remote_code)
         if getattr(own, "is_encoder_decoder", False):
             raise Refused("it is an encoder-decoder")
+        if not getattr(model_class, "_supports_attention_backend", False):
+            raise Refused("its attention does not go through transformers' attention-function registry")
         context = stated_context(config, max_model_len)
         probed = probe(model_class, own, context)
     return FallbackDefinition(
