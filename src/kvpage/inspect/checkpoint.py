@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import cast
 
 from kvpage.api.checkpoint import CheckpointReader
+from kvpage.api.model import ModelDefinition
 from kvpage.config import EngineOptions
 from kvpage.errors import CheckpointError, KvpageError
 from kvpage.inspect.model_size import PlannedModel, StoredTensor, read_headers, stored_tensors
 from kvpage.loading.locate import find_folder
-from kvpage.models.define import define
+from kvpage.models.define import choose_path, describe_path
 from kvpage.models.hf_config import HFConfig
 from kvpage.plugins import PluginRegistry, load
 from kvpage.plugins.selection import SAFETENSORS, choose_reader, load_class
@@ -32,13 +34,19 @@ def planned_model(options: EngineOptions, registry: PluginRegistry) -> PlannedMo
         stored = read_headers(path)
     else:
         config, stored = _ask_reader(load_class(record, CheckpointReader), path)
-    definition, _ = define(load(registry.model_for(config.architectures)), config, options)
+    definition, _ = choose_path(
+        lambda architectures: cast(Callable[..., object], load(registry.model_for(architectures))),
+        config,
+        options,
+        folder=path.parent if path.is_file() else path,
+    )
     schemes = registry.quantization_schemes()
     return PlannedModel(
         name=str(options.model),
         spec=definition.spec,
         dtype=config.dtype or "float32",
-        weights=definition.weights,
+        weights=definition.weights if isinstance(definition, ModelDefinition) else {},
+        model_path=describe_path(definition),
         stored=stored,
         quantization_config=config.quantization or {},
         schemes={name: record.bits for record in schemes for name in (record.name, *record.methods)},

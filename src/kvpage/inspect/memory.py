@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kvpage.api.model import DecoderSpec, MLPSpec
 from kvpage.config import (
@@ -26,6 +26,9 @@ from kvpage.config import (
 from kvpage.errors import ConfigError
 from kvpage.inspect.model_size import PlannedModel, Quantization, WeightSizes, kv_heads_per_device, weigh
 from kvpage.inspect.plan_text import plan_text
+
+if TYPE_CHECKING:
+    from kvpage.models.fallback.spec import FallbackSpec
 
 DEFAULT_GPU_SHARE = 0.9
 """Share of a GPU that an engine takes where nothing is said: the GPU is idle, so all of it is free at start."""
@@ -68,6 +71,7 @@ class MemoryPlan:
     """What a model takes on given devices. All sizes in bytes, for one device unless the name says ``total``.
 
     Attributes:
+        model_path: by which path an engine runs it: a family of kvpage's, or transformers' own code.
         usable: what may be used of a device. kv_memory: what is left of it for KV; negative if nothing is.
         kv_bytes_per_token: of all KV groups. longest_sequence_bytes: KV of one sequence of ``max_model_len``,
             the null block included. tokens: that the KV pool holds.
@@ -79,6 +83,7 @@ class MemoryPlan:
 
     model: str
     family: str
+    model_path: str
     devices: Devices
     quantization: str | None
     resolved: Resolved
@@ -141,7 +146,9 @@ class MemoryPlan:
         return plan_text(self)
 
 
-def activation_bytes(spec: DecoderSpec, *, dtype: str, tokens: int, rows: int, ranks: int) -> int:
+def activation_bytes(
+    spec: DecoderSpec | FallbackSpec, *, dtype: str, tokens: int, rows: int, ranks: int
+) -> int:
     """Peak of a step's temporaries on one device, estimated as
     max_num_batched_tokens x (4 x hidden + the wider of attention and feed-forward) in the model's dtype
     + SAMPLER_COPIES x max_num_seqs x vocabulary in float32.
@@ -149,13 +156,17 @@ def activation_bytes(spec: DecoderSpec, *, dtype: str, tokens: int, rows: int, r
     Attention is taken to keep no score matrix. ``tokens`` of a step, ``rows`` whose logits are needed.
     """
     widest = 0
-    for layer, mixer in zip(spec.layers, spec.attention, strict=True):
+    for mixer in spec.attention:
         # q, k, v before and after rope, and the output of attention.
         heads, kv_heads = mixer.num_heads / ranks, kv_heads_per_device(mixer.num_kv_heads, ranks)
         width = 2 * (heads * mixer.head_dim + kv_heads * (mixer.head_dim + mixer.v_head_dim))
         widest = max(widest, int(width + heads * mixer.v_head_dim))
+    for layer in spec.layers if isinstance(spec, DecoderSpec) else ():
         mlp, used = (layer.ffn, 1) if isinstance(layer.ffn, MLPSpec) else (layer.ffn.expert, layer.ffn.top_k)
         widest = max(widest, used * (3 if mlp.gated else 2) * mlp.intermediate_size // ranks)
+    if not isinstance(spec, DecoderSpec):
+        # Gate, up and down of the widest feed-forward, as far as shapes tell.
+        widest = max([widest, *(3 * max(p.shape[-2:]) for p in spec.parameters if p.part in ("mlp", "moe"))])
     # Residual stream, its normed copy, the sublayer's output, and one copy in flight.
     step = tokens * (4 * spec.hidden_size + widest) * ELEMENT_SIZES[dtype]
     return step + SAMPLER_COPIES * rows * spec.vocab_size * ELEMENT_SIZES["float32"]
@@ -168,8 +179,10 @@ def runtime_bytes(devices: Devices) -> int:
     return GPU_RUNTIME + (COLLECTIVE_BUFFERS if devices.count > 1 else 0)
 
 
-def split_reasons(spec: DecoderSpec, ranks: int) -> list[str]:
+def split_reasons(spec: DecoderSpec | FallbackSpec, ranks: int) -> list[str]:
     """Why a model cannot be split over ``ranks`` devices; empty if it can."""
+    if ranks > 1 and not isinstance(spec, DecoderSpec):
+        return [f"{spec.family} runs through transformers, on one device"]
     reasons = []
     for mixer in spec.attention:
         if mixer.num_heads % ranks:
@@ -219,7 +232,7 @@ def measure(model: PlannedModel, options: EngineOptions, devices: Devices) -> Me
         chosen = resolve(options, facts, machine)
     lengths = sorted({length for length in LENGTHS if length < chosen.max_model_len} | {chosen.max_model_len})
     return MemoryPlan(
-        model=model.name, family=spec.family, devices=devices,
+        model=model.name, family=spec.family, model_path=model.model_path, devices=devices,
         quantization=None if quantization is None else quantization.method,
         resolved=chosen, weights=weights, activations=activations, runtime=runtime, usable=usable,
         usable_reason=usable_reason, kv_memory=left, kv_bytes_per_token=kv_token,

@@ -10,13 +10,16 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from kvpage.api.model import DecoderSpec, WeightMap
 from kvpage.api.parameters import Parameter, parameters
 from kvpage.api.quant import CheckpointView
 from kvpage.config import ELEMENT_SIZES
 from kvpage.errors import CheckpointError, ConfigError
+
+if TYPE_CHECKING:
+    from kvpage.models.fallback.spec import FallbackSpec
 
 Part: TypeAlias = Literal["embedding", "attention", "mlp", "moe", "norms", "head"]
 PARTS: tuple[Part, ...] = ("embedding", "attention", "mlp", "moe", "norms", "head")
@@ -113,14 +116,15 @@ class WeightSizes:
 class PlannedModel:
     """What a plan knows of a model: its spec, the dtype it is stored in, and what its files' headers say.
 
-    ``stored`` is empty for a folder with nothing but a config; ``quantization_config`` is the checkpoint's own.
+    ``model_path``: by which path it runs. ``stored`` is empty for a folder with nothing but a config; ``quantization_config`` is the checkpoint's own.
     ``schemes``: formats that an engine of this installation loads (or quantizes to), and their bits a weight.
     ``on_the_fly``: those of them that quantize plain weights.
     """
 
     name: str
-    spec: DecoderSpec
+    spec: DecoderSpec | FallbackSpec
     dtype: str
+    model_path: str = ""
     weights: WeightMap = field(default_factory=dict)
     stored: Mapping[str, StoredTensor] = field(default_factory=dict)
     quantization_config: Mapping[str, Any] = field(default_factory=dict)
@@ -135,6 +139,8 @@ def weigh(model: PlannedModel, *, dtype: str, ranks: int, quantization: Quantiza
     other as its spec says, packed as ``quantization`` says. Where ``quantization`` is not the checkpoint's own,
     plain weights count as packed too.
     """
+    if not isinstance(model.spec, DecoderSpec):
+        return _weigh_as_probed(model.spec, ELEMENT_SIZES[dtype])
     becomes_packed = quantization is not None and not model.quantization_config
     modules = _by_module(model.stored)
     element = ELEMENT_SIZES[dtype]
@@ -160,6 +166,17 @@ def weigh(model: PlannedModel, *, dtype: str, ranks: int, quantization: Quantiza
         per_device={part: size for part, size in device.items() if size},
         estimated=found < seen,
     )
+
+
+def _weigh_as_probed(spec: FallbackSpec, element: int) -> WeightSizes:
+    """Bytes of a model that runs through transformers, on one device: its parameters as its own class makes them."""
+    total: dict[Part, int] = {}
+    for part in PARTS:
+        size = sum(math.prod(p.shape) for p in spec.parameters if p.part == part) * element
+        if size:
+            total[part] = size
+    count = sum(total.values()) // element
+    return WeightSizes(parameters=count, total=total, per_device=total, estimated=True)
 
 
 def kv_heads_per_device(num_kv_heads: int, ranks: int) -> int:

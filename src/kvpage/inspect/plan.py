@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import combinations, product
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kvpage.api.model import DecoderSpec
 from kvpage.config import EngineOptions
 from kvpage.inspect.memory import Devices, MemoryPlan, Remedy, measure, split_reasons
 from kvpage.inspect.model_size import PlannedModel
 from kvpage.inspect.plan_text import readable_bytes
+
+if TYPE_CHECKING:
+    from kvpage.models.fallback.spec import FallbackSpec
 
 __all__ = ["Devices", "MemoryPlan", "PlannedModel", "Remedy", "plan_memory"]
 
@@ -113,7 +116,7 @@ def _model_changes(model: PlannedModel, plan: MemoryPlan) -> list[list[_Change]]
     return kinds
 
 
-def _hardware_changes(spec: DecoderSpec, devices: Devices) -> list[list[_Change]]:
+def _hardware_changes(spec: DecoderSpec | FallbackSpec, devices: Devices) -> list[list[_Change]]:
     if devices.kind == "cpu":
         sizes = [size * 2**30 for size in CPU_SIZES if size * 2**30 > devices.memory]
         return [[_Change(flag=f"--memory {size // 2**30}GiB", devices={"memory": size}) for size in sizes]]

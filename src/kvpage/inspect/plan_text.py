@@ -43,6 +43,8 @@ def _title(plan: MemoryPlan) -> Iterator[str]:
     packed = f", {plan.quantization} weights" if plan.quantization else ""
     parameters = readable_count(plan.weights.parameters)
     yield f"{plan.model}: {plan.family}, {parameters} parameters, {chosen.dtype}{packed}"
+    if plan.model_path:
+        yield f"model path: {plan.model_path}"
     devices_text = f"{devices.count} x {readable_bytes(devices.memory)} {devices.kind}"
     share = f"; {plan.usable_reason} of it" if plan.usable != devices.memory else ""
     yield f"on {devices_text}{share}: {readable_bytes(plan.total_usable)} to use"
