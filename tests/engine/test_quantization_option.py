@@ -1,0 +1,203 @@
+"""quantization="int8": the tokens of the numbers that the codes stand for, in less memory; and what is refused."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from kvpage import CheckpointError, ConfigError, Engine, PluginRegistry, SamplingParams, hookimpl
+from kvpage.api.quant import ChannelInt8, CheckpointView, LinearSpec, QuantScheme, TensorSpec, WeightForm
+from kvpage.api.records import QuantizationSchemeRecord
+from kvpage.builtin.int8 import Int8PerChannel
+from kvpage.config import EngineOptions
+from kvpage.inspect.checkpoint import planned_model
+from kvpage.inspect.plan import Devices, plan_memory
+from kvpage.loading.memory import Arena
+from kvpage.loading.readers import open_checkpoint
+from kvpage.loading.weights import load_weights
+from kvpage.models.families import llama
+from kvpage.models.hf_config import HFConfig
+from tiny_checkpoint import write_checkpoint
+
+PROMPTS = [[1, 5, 9, 20], [1, 30, 31, 32, 33, 34, 35], [1, 7]]
+GREEDY = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
+
+
+def tokens(model: Any, **options: Any) -> list[list[int]]:
+    with Engine(model, skip_tokenizer_init=True, num_kv_blocks=64, **options) as engine:
+        outputs = engine.generate([{"prompt_token_ids": prompt} for prompt in PROMPTS], GREEDY)
+        return [list(output.outputs[0].token_ids) for output in outputs]
+
+
+def weight_bytes(model: Path, dtype: str, scheme: QuantScheme | None) -> int:
+    """Bytes of the arena that the weights take."""
+    definition = llama.translate(HFConfig.from_folder(model), max_model_len=None)
+    arena = Arena()
+    load_weights(
+        definition,
+        open_checkpoint(model),
+        dtype=getattr(torch, dtype),
+        device="cpu",
+        arena=arena,
+        scheme=scheme,
+    )
+    return arena.allocated_bytes
+
+
+def make(folder: Path, architecture: str, **config: Any) -> tuple[Any, Path]:
+    import transformers
+
+    kind = getattr(transformers, architecture)
+    values = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+              "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128,
+              "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "initializer_range": 0.2}  # fmt: skip
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = kind(kind.config_class(**{**values, **config})).float().eval()
+    model.save_pretrained(folder)
+    return model, folder
+
+
+def rounded(weight: torch.Tensor, transposed: bool) -> torch.Tensor:
+    """What int8 makes of a stored matrix, float32."""
+    outputs = weight.t() if transposed else weight
+    scale = outputs.abs().amax(1, keepdim=True) / 127
+    found = (outputs / scale).round() * scale
+    return (found.t() if transposed else found).contiguous()
+
+
+@pytest.mark.parametrize(
+    ("architecture", "config", "transposed", "plain"),
+    [
+        ("LlamaForCausalLM", {}, False, ("lm_head", "embed")),
+        ("Phi3ForCausalLM", {}, False, ("lm_head", "embed")),
+        ("GPT2LMHeadModel", {"n_embd": 32, "n_head": 4, "n_layer": 2, "n_positions": 128}, True, ("lm_head", "wte", "wpe")),
+        ("MixtralForCausalLM", {"num_local_experts": 4}, False, ("lm_head", "embed", ".gate.")),
+    ],
+)  # fmt: skip
+def test_tokens_are_those_of_the_dequantized_weights(
+    tmp_path: Path, architecture: str, config: dict[str, Any], transposed: bool, plain: tuple[str, ...]
+) -> None:
+    _, folder = make(tmp_path / "plain", architecture, **config)
+    tensors = load_file(folder / "model.safetensors")
+    for name, tensor in tensors.items():
+        if tensor.dim() == 2 and not any(part in name for part in plain):
+            tensors[name] = rounded(tensor, transposed)
+    copy = tmp_path / "rounded"
+    copy.mkdir()
+    (copy / "config.json").write_text((folder / "config.json").read_text())
+    save_file(tensors, copy / "model.safetensors")
+    assert tokens(folder, quantization="int8") == tokens(copy)
+    assert tokens(folder) != tokens(copy) or architecture == "GPT2LMHeadModel"
+
+
+def test_a_living_model_is_quantized_into_a_copy(tmp_path: Path) -> None:
+    model, folder = make(tmp_path / "plain", "LlamaForCausalLM")
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    assert tokens(model, quantization="int8") == tokens(folder, quantization="int8")
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_plan_and_the_engine_agree_on_what_int8_saves(tmp_path: Path, dtype: str) -> None:
+    folder = write_checkpoint(
+        tmp_path / "m", hidden_size=64, intermediate_size=192, num_hidden_layers=4, tokenizer=False
+    )
+    sizes = {}
+    for quantization in (None, "int8"):
+        options = EngineOptions(model=folder, dtype=dtype, quantization=quantization)
+        planned = plan_memory(
+            planned_model(options, PluginRegistry()), options, Devices(kind="cpu", memory=2**33)
+        )
+        assert planned.cannot_run_yet == ()
+        sizes[quantization] = weight_bytes(folder, dtype, None if quantization is None else Int8PerChannel())
+        assert planned.weights.total_bytes == pytest.approx(sizes[quantization], rel=0.02)
+    assert sizes["int8"] < sizes[None] * (0.45 if dtype == "float32" else 0.75)
+
+
+def refused(model: Any, **options: Any) -> str:
+    with pytest.raises((CheckpointError, ConfigError)) as caught:
+        Engine(model, skip_tokenizer_init=True, num_kv_blocks=16, **options)
+    return f"{type(caught.value).__name__}: {caught.value}"
+
+
+def quantized(folder: Path, **stated: Any) -> Path:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "quantization_config": stated}))
+    return folder
+
+
+def test_what_cannot_be_quantized_so_is_refused_with_a_way_out(tmp_path: Path) -> None:
+    plain = write_checkpoint(tmp_path / "plain", tokenizer=False)
+    packed = quantized(write_checkpoint(tmp_path / "packed", tokenizer=False), quant_method="awq", bits=4)
+    unknown = refused(plain, quantization="sevenbit")
+    assert unknown.startswith("ConfigError: quantization='sevenbit' is no registered scheme")
+    assert "int8 (quantizes plain weights)" in unknown
+    assert "kvpage_quantization_schemes" in unknown
+    nobody = refused(packed)
+    assert nobody.startswith("CheckpointError:")
+    assert "quantized (awq)" in nobody
+    assert "quantized (awq)" in refused(packed, quantization="int8")
+
+
+class Halves(QuantScheme):
+    """Reads "halves" checkpoints: ``name.codes`` int8 [out, in], each worth half."""
+
+    @classmethod
+    def from_checkpoint(cls, config: Mapping[str, Any], view: CheckpointView) -> Halves:
+        if config.get("bits") != 8:
+            raise CheckpointError(f"halves has 8 bits, quantization_config says {config.get('bits')}")
+        return cls()
+
+    def tensors(self, linear: LinearSpec, view: CheckpointView) -> Mapping[str, TensorSpec]:
+        if linear.name == "lm_head":
+            return {}
+        return {
+            "codes": TensorSpec(shape=(linear.out_features, linear.in_features), dtype="int8", shard_dim=0)
+        }
+
+    def to_form(self, linear: LinearSpec, tensors: Mapping[str, torch.Tensor]) -> WeightForm:
+        return ChannelInt8(codes=tensors["codes"], scales=torch.full((linear.out_features,), 0.5))
+
+
+class HalvesPlugin:
+    """Registers it."""
+
+    @hookimpl
+    def kvpage_quantization_schemes(self) -> list[QuantizationSchemeRecord]:
+        return [
+            QuantizationSchemeRecord(
+                name="halves", factory=f"{__name__}:Halves", methods=("half_int8",), bits=8
+            )
+        ]
+
+
+def test_a_plugins_format_is_read_by_the_name_the_checkpoint_states(tmp_path: Path) -> None:
+    plain = write_checkpoint(tmp_path / "plain", tokenizer=False)
+    tensors = load_file(plain / "model.safetensors")
+    packed = quantized(
+        write_checkpoint(tmp_path / "packed", tokenizer=False), quant_method="half_int8", bits=8
+    )
+    codes, values = {}, {}
+    for name, tensor in tensors.items():
+        if name.endswith("proj.weight"):
+            code = (tensor * 8).round().clamp(-127, 127)
+            codes[name.removesuffix("weight") + "codes"] = code.to(torch.int8)
+            values[name] = code * 0.5
+        else:
+            codes[name] = values[name] = tensor
+    save_file(codes, packed / "model.safetensors")
+    save_file(values, plain / "model.safetensors")
+    registry = PluginRegistry(plugins=[HalvesPlugin()], entry_points=False)
+    assert tokens(packed, plugins=registry) == tokens(plain)
+    assert tokens(packed, plugins=registry, quantization="halves") == tokens(plain)
+    assert "contradicts" in refused(packed, plugins=registry, quantization="int8")
+    assert "load_format='dummy'" in refused(packed, plugins=registry, load_format="dummy")
+    assert "is not quantized" in refused(plain, plugins=registry, quantization="halves")
+    assert "says 4" in refused(quantized(packed, quant_method="half_int8", bits=4), plugins=registry)
