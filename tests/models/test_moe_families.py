@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,10 @@ from kvpage.api.parameters import parameters
 from kvpage.api.quant import Dense
 from kvpage.errors import CheckpointError
 from kvpage.loading.memory import Arena
-from kvpage.loading.readers import DummyView, ModuleView
+from kvpage.loading.readers import DummyView, ModuleView, open_checkpoint
 from kvpage.loading.weights import load_weights
 from kvpage.models.decoder import Decoder
-from kvpage.models.families import mixtral, olmoe, qwen2_moe, qwen3_moe
+from kvpage.models.families import deepseek_v2, deepseek_v3, mixtral, olmoe, qwen2_moe, qwen3_moe
 from kvpage.models.hf_config import HFConfig
 from kvpage.nn.moe import MoE
 
@@ -88,7 +89,64 @@ CASES: dict[str, tuple[str, Translate, dict[str, Any]]] = {
         {**OLMOE, "norm_topk_prob": True, "attention_bias": True, "num_key_value_heads": 4},
     ),
 }
-FAMILIES = ["mixtral", "qwen2-moe", "qwen3-moe", "olmoe"]
+LATENT = {
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 3,
+    "n_group": 4,
+    "topk_group": 2,
+    "moe_intermediate_size": 20,
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 20,
+    "q_lora_rank": 12,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 12,
+    "v_head_dim": 16,
+    "first_k_dense_replace": 1,
+}
+DEEPSEEK_YARN = {**YARN, "rope_theta": 1e4, "mscale": 0.707, "mscale_all_dim": 0.707}
+CASES |= {
+    "deepseek-v2": ("DeepseekV2", deepseek_v2.translate, LATENT),
+    "deepseek-v2-groups-yarn-biases": (
+        "DeepseekV2",
+        deepseek_v2.translate,
+        {
+            **LATENT,
+            "topk_method": "group_limited_greedy",
+            "rope_parameters": DEEPSEEK_YARN,
+            "attention_bias": True,
+            "mlp_bias": True,
+            "routed_scaling_factor": 16.0,
+        },
+    ),
+    "deepseek-v2-no-query-latent-wide-values": (
+        "DeepseekV2",
+        deepseek_v2.translate,
+        {**LATENT, "q_lora_rank": None, "v_head_dim": 24, "n_shared_experts": 1},
+    ),
+    "deepseek-v3": ("DeepseekV3", deepseek_v3.translate, LATENT),
+    "deepseek-v3-yarn-halves-not-renormalised": (
+        "DeepseekV3",
+        deepseek_v3.translate,
+        {
+            **LATENT,
+            "rope_parameters": DEEPSEEK_YARN,
+            "rope_interleave": False,
+            "norm_topk_prob": False,
+            "first_k_dense_replace": 0,
+        },
+    ),
+}
+FAMILIES = ["deepseek-v2", "deepseek-v3", "mixtral", "qwen2-moe", "qwen3-moe", "olmoe"]
+
+
+def make_moe(name: str, **values: Any) -> tuple[Any, Translate]:
+    """A random model of a case, and its family; the corrections of DeepSeek-V3's routers are random too."""
+    kind, translate, options = CASES[name]
+    model = make_model(kind, {**options, **values})
+    for buffer, tensor in model.named_buffers():
+        if buffer.endswith("e_score_correction_bias"):
+            tensor.copy_(torch.linspace(-0.3, 0.3, len(tensor)))
+    return model, translate
 
 
 def assert_same_logits(decoder: Decoder, model: Any) -> None:
@@ -103,8 +161,7 @@ def assert_same_logits(decoder: Decoder, model: Any) -> None:
 def test_logits_equal_transformers_with_either_layout_on_disk(
     tmp_path: Path, name: str, as_in_memory: bool
 ) -> None:
-    kind, translate, options = CASES[name]
-    model = make_model(kind, options)
+    model, translate = make_moe(name)
     model.save_pretrained(tmp_path, save_original_format=not as_in_memory)
     definition = translate(HFConfig.from_folder(tmp_path), max_model_len=None)
     assert_same_logits(decoder_from(tmp_path, definition), model)
@@ -112,18 +169,15 @@ def test_logits_equal_transformers_with_either_layout_on_disk(
 
 @pytest.mark.parametrize("name", CASES)
 def test_the_spec_has_as_many_parameters_as_the_model(name: str) -> None:
-    kind, translate, options = CASES[name]
-    model = make_model(kind, options)
+    model, translate = make_moe(name)
     spec = translate(HFConfig.from_object(model.config), max_model_len=None).spec
-    assert (
-        sum(torch.Size(parameter.shape).numel() for parameter in parameters(spec)) == model.num_parameters()
-    )
+    sizes = [math.prod(part.shape) for part in parameters(spec) if part.kind != "float32"]
+    assert sum(sizes) == model.num_parameters(), "corrections are buffers, which transformers does not count"
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_living_model_is_used_without_a_copy(name: str) -> None:
-    kind, translate, options = CASES[name]
-    model = make_model(kind, options)
+    model, translate = make_moe(name)
     definition = translate(HFConfig.from_object(model.config), max_model_len=None)
     arena = Arena()
     loaded = load_weights(definition, ModuleView(model), dtype=torch.float32, device="cpu", arena=arena)
@@ -142,19 +196,18 @@ def test_a_living_model_is_used_without_a_copy(name: str) -> None:
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_living_model_in_another_dtype_is_converted(name: str) -> None:
-    kind, translate, options = CASES[name]
-    model = make_model(kind, options)
+    model, translate = make_moe(name)
     definition = translate(HFConfig.from_object(model.config), max_model_len=None)
     loaded = load_weights(definition, ModuleView(model), dtype=torch.bfloat16, device="cpu", arena=Arena())
-    down = loaded.weights["layers.0.moe.experts.3.down.weight"]
+    down = loaded.weights["layers.1.moe.experts.3.down.weight"]
     assert isinstance(down, Dense)
-    assert torch.equal(down.tensor, model.model.layers[0].mlp.experts.down_proj[3].detach().bfloat16())
+    assert torch.equal(down.tensor, model.model.layers[1].mlp.experts.down_proj[3].detach().bfloat16())
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_dummy_weights_have_the_shapes_of_the_spec(name: str) -> None:
-    kind, translate, options = CASES[name]
-    definition = translate(HFConfig.from_object(make_model(kind, options).config), max_model_len=None)
+    model, translate = make_moe(name)
+    definition = translate(HFConfig.from_object(model.config), max_model_len=None)
     view = DummyView(definition)
     loaded = load_weights(definition, view, dtype=torch.float32, device="cpu", arena=Arena())
     logits = all_logits(
@@ -165,10 +218,9 @@ def test_dummy_weights_have_the_shapes_of_the_spec(name: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_half_precision_is_close_to_transformers_own(tmp_path: Path, dtype: torch.dtype) -> None:
-    kind, translate, options = CASES["qwen2-moe"]
     # Every expert is used: no token may be routed elsewhere by a rounding, which would drown all else.
     values = {"num_experts_per_tok": 6, "moe_intermediate_size": 24, "initializer_range": 0.05}
-    model = make_model(kind, {**options, **values})
+    model, translate = make_moe("qwen2-moe", **values)
     model.save_pretrained(tmp_path)
     exact = oracle_logits(model, prompt(40))
     definition = translate(HFConfig.from_folder(tmp_path), max_model_len=None)
@@ -205,6 +257,19 @@ def test_a_row_alone_gives_what_it_gives_in_a_batch(top_k: int, renormalise: boo
     assert moe(x[:0]).shape == (0, 48)
 
 
+def test_the_corrections_of_a_router_stay_in_float32(tmp_path: Path) -> None:
+    model, translate = make_moe("deepseek-v3")
+    model.bfloat16().save_pretrained(tmp_path)
+    definition = translate(HFConfig.from_folder(tmp_path), max_model_len=None)
+    view = open_checkpoint(tmp_path)
+    loaded = load_weights(definition, view, dtype=torch.bfloat16, device="cpu", arena=Arena())
+    correction = loaded.weights["layers.1.moe.router.correction"]
+    assert isinstance(correction, Dense)
+    assert correction.tensor.dtype == torch.float32
+    stored = view.read("model.layers.1.mlp.gate.e_score_correction_bias")
+    assert torch.equal(correction.tensor, stored.float())
+
+
 REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("mixtral", {"num_experts_per_tok": 6}, "num_experts_per_tok 6 is more than num_local_experts 5"),
     ("mixtral", {"num_local_experts": 0}, "'num_local_experts' must be at least 1"),
@@ -216,6 +281,10 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("qwen2-moe", {"layer_types": ["full_attention"]}, "layer_types must have 3 entries"),
     ("qwen3-moe", {"num_experts_per_tok": 8}, "num_experts_per_tok 8 is more than num_experts 7"),
     ("qwen3-moe", {"moe_intermediate_size": -1}, "'moe_intermediate_size' must be at least 1"),
+    ("deepseek-v2", {"topk_method": "noaux_tc"}, "topk_method 'noaux_tc' is unknown; kvpage has greedy"),
+    ("deepseek-v2", {"num_key_value_heads": 2}, "num_key_value_heads 2 must equal num_attention_heads 4"),
+    ("deepseek-v3", {"n_group": 3}, "n_group 3 and topk_group 2 do not fit n_routed_experts 8"),
+    ("deepseek-v3", {"n_group": 8}, "groups must be of one size, 2 at least"),
     ("olmoe", {"clip_qkv": 8.0}, "clip_qkv 8.0 is not supported, only null"),
 ]
 
@@ -235,15 +304,18 @@ def test_keys_a_config_leaves_out_have_the_values_of_transformers() -> None:
     size = {"num_hidden_layers": 2, "num_attention_heads": 32, "hidden_size": 64, "vocab_size": 64}
     for name in FAMILIES:
         kind, translate, _ = CASES[name]
-        stated = getattr(transformers, f"{kind}Config")(**size, intermediate_size=48)
-        bare = {**size, "intermediate_size": 48, "max_position_embeddings": stated.max_position_embeddings}
+        given = {**size, "intermediate_size": 48}
+        if name.startswith("deepseek"):
+            # transformers' own values do not fit these: it has none for V2's experts, and 128 KV heads for V3.
+            given |= {"num_experts_per_tok": 6, "num_key_value_heads": 32}
+        stated = getattr(transformers, f"{kind}Config")(**given)
+        bare = {**given, "max_position_embeddings": stated.max_position_embeddings}
         found = translate(HFConfig(bare), max_model_len=None)
         assert found == translate(HFConfig.from_object(stated), max_model_len=None), name
 
 
 def test_experts_of_another_shape_are_refused_by_tensor_and_entry() -> None:
-    kind, translate, options = CASES["mixtral"]
-    model = make_model(kind, options)
+    model, translate = make_moe("mixtral")
     values = HFConfig({**model.config.to_dict(), "intermediate_size": 73})
     with pytest.raises(
         CheckpointError, match=r"experts.gate_up_proj' should have shape \[73, 48\].*in entry 0"

@@ -15,7 +15,7 @@ from kvpage.api.model import (
     NormSpec,
 )
 
-ParameterKind: TypeAlias = Literal["linear", "table", "norm", "bias", "other"]
+ParameterKind: TypeAlias = Literal["linear", "table", "norm", "bias", "float32", "other"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +24,8 @@ class Parameter:
 
     Attributes:
         name: kvpage's name (see ``WeightMap``). shape: as kvpage sees it, [out, in] of a linear layer.
-        kind: "linear" weights go through a linear kernel, "table" is looked up by row, "norm" scales a norm.
+        kind: "linear" weights go through a linear kernel, "table" is looked up by row, "norm" scales a norm,
+            "float32" keeps that dtype whatever the model's.
         block: parameters with one ``block`` lie one after another, by rows, in one tensor where the loader
             may merge (q, k, v; gate, up): one matrix product serves them all.
     """
@@ -97,6 +98,8 @@ def _mlp(prefix: str, spec: MLPSpec, hidden: int) -> Iterator[Parameter]:
 
 def _moe(prefix: str, spec: MoESpec, hidden: int) -> Iterator[Parameter]:
     yield _single(f"{prefix}.router.weight", (spec.num_experts, hidden), "linear")
+    if spec.correction:
+        yield _single(f"{prefix}.router.correction", (spec.num_experts,), "float32")
     for expert in range(spec.num_experts):
         yield from _mlp(f"{prefix}.experts.{expert}", spec.expert, hidden)
     if spec.shared is not None:

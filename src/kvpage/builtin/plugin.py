@@ -130,4 +130,10 @@ def kvpage_linear_kernels() -> list[LinearKernelRecord]:
             priority=-100,
             summary="any form, as plain weights in the model's dtype",
         ),
+        LinearKernelRecord(
+            name="torch",
+            factory="kvpage.nn.linear:DenseLinear",
+            priority=-100,
+            summary="plain weights, where they lie",
+        ),
     ]

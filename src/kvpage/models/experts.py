@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from kvpage.api.model import MLPSpec, ModelDefinition, MoESpec, WeightMap, WeightRef
+from kvpage.api.model import DecoderSpec, MLPSpec, ModelDefinition, MoESpec, WeightMap, WeightRef
 from kvpage.errors import CheckpointError
 from kvpage.models.hf_config import HFConfig
 from kvpage.models.translation import HF_NAMES, read_activation, weight_map
@@ -53,14 +53,15 @@ def has_experts(cfg: HFConfig) -> tuple[bool, ...]:
 
 
 def with_experts(
-    definition: ModelDefinition,
+    spec: DecoderSpec,
     experts: Sequence[MoESpec | None],
     *,
     block: str = "mlp",
+    shared: str = "shared_expert",
     parts: Mapping[str, str] = PARTS,
     names: Mapping[str, str] = HF_NAMES,
 ) -> ModelDefinition:
-    """``definition`` with experts in each layer for which there are some.
+    """``spec`` with experts in each layer for which there are some, and where everything lies.
 
     On disk each expert has its own tensors, ``block``.experts.3.gate_proj.weight, also in what transformers 5
     writes. Where those are missing, as in a model that transformers 5 holds in memory (or has saved as it is), all
@@ -68,22 +69,26 @@ def with_experts(
     mlp.experts.down_proj [experts, hidden, inner].
 
     Args:
-        experts: an entry a layer. block: the module that has router and experts on disk.
+        experts: an entry a layer. block, shared: the module that has router and experts on disk, and the one
+            within it that is shared.
         parts: what "gate", "up" and "down" are called there.
     """
     layers = tuple(
         layer if moe is None else replace(layer, ffn=moe)
-        for layer, moe in zip(definition.spec.layers, experts, strict=True)
+        for layer, moe in zip(spec.layers, experts, strict=True)
     )
-    spec = replace(definition.spec, layers=layers)
-    table = {**names, "moe.router": f"{block}.gate", "moe.shared_gate": f"{block}.shared_expert_gate"}
+    spec = replace(spec, layers=layers)
+    table = {**names, "moe.router": f"{block}.gate", "moe.shared_gate": f"{block}.{shared}_gate"}
     for part, stored in parts.items():
-        table[f"moe.shared.{part}"] = f"{block}.shared_expert.{stored}"
+        table[f"moe.shared.{part}"] = f"{block}.{shared}.{stored}"
         for expert in range(max((moe.num_experts for moe in experts if moe is not None), default=0)):
             table[f"moe.experts.{expert}.{part}"] = f"{block}.experts.{expert}.{stored}"
     weights = dict(weight_map(spec, table))
     for index, moe in enumerate(experts):
         if moe is not None:
+            if moe.correction:
+                place = WeightRef(name=f"model.layers.{index}.{block}.gate.e_score_correction_bias")
+                weights[f"layers.{index}.moe.router.correction"] = place
             places = _in_one_tensor(f"layers.{index}.moe", f"model.layers.{index}.mlp", moe)
             weights |= {name: replace(weights[name], otherwise=ref) for name, ref in places.items()}
     return ModelDefinition(spec=spec, weights=weights)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 
-from kvpage.api.model import DecoderEnv, MoESpec
-from kvpage.api.quant import WeightForm
-from kvpage.nn.linear import build_linear
+from kvpage.api.model import DecoderEnv, ExpertGroups, MoESpec
+from kvpage.api.quant import Dense, LinearKernel, WeightForm
+from kvpage.nn.linear import build_linear, dense, make_kernel
 from kvpage.nn.mlp import MLP
 
 
@@ -20,13 +21,14 @@ class MoE:
     the same order whatever else is in the batch. It is formed in float32, as transformers does.
     """
 
-    __slots__ = ("_experts", "_router", "_shared", "_shared_gate", "_spec")
+    __slots__ = ("_correction", "_experts", "_router", "_shared", "_shared_gate", "_spec")
 
     def __init__(
         self, spec: MoESpec, weights: Mapping[str, WeightForm], prefix: str, env: DecoderEnv
     ) -> None:
         self._spec = spec
-        self._router = build_linear(weights, f"{prefix}.router", env)
+        self._router = _build_router(spec, weights, f"{prefix}.router", env)
+        self._correction = dense(weights[f"{prefix}.router.correction"]) if spec.correction else None
         self._experts = [
             MLP(spec.expert, weights, f"{prefix}.experts.{i}", env) for i in range(spec.num_experts)
         ]
@@ -52,9 +54,13 @@ class MoE:
 
     def _route(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Weights [T, top_k] of x's dtype, and experts int64 [T, top_k]."""
-        logits = self._router.forward(x).float()
+        logits = self._router.forward(x.float() if self._spec.float32_router else x).float()
         scores = F.softmax(logits, dim=-1) if self._spec.score == "softmax" else _sigmoid(logits)
-        chosen, experts = scores.topk(self._spec.top_k, dim=-1)
+        ranks = scores if self._correction is None else scores + self._correction
+        if self._spec.groups is not None:
+            ranks = _within_best_groups(ranks, self._spec.groups)
+        experts = ranks.topk(self._spec.top_k, dim=-1).indices
+        chosen = scores.gather(1, experts)
         if self._spec.renormalise:
             chosen = chosen / chosen.sum(dim=-1, keepdim=True)
         if self._spec.scale != 1.0:
@@ -69,6 +75,23 @@ class MoE:
         for expert, count in enumerate(counts):
             if count:
                 yield expert, places[expert]
+
+
+def _build_router(
+    spec: MoESpec, weights: Mapping[str, WeightForm], name: str, env: DecoderEnv
+) -> LinearKernel:
+    if not spec.float32_router:
+        return build_linear(weights, name, env)
+    weight = dense(weights[f"{name}.weight"]).float()
+    return make_kernel(Dense(weight), None, replace(env, dtype="float32"))
+
+
+def _within_best_groups(ranks: torch.Tensor, groups: ExpertGroups) -> torch.Tensor:
+    """``ranks`` [T, experts], -inf for the experts of all groups but each token's best."""
+    grouped = ranks.view(ranks.shape[0], groups.count, ranks.shape[1] // groups.count)
+    best = grouped.amax(-1) if groups.score == "best" else grouped.topk(2, dim=-1).values.sum(-1)
+    taken = torch.zeros_like(best, dtype=torch.bool).scatter_(1, best.topk(groups.chosen).indices, True)
+    return grouped.masked_fill(~taken.unsqueeze(-1), -torch.inf).view(ranks.shape)
 
 
 def _sigmoid(x: torch.Tensor) -> torch.Tensor:

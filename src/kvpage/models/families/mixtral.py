@@ -32,7 +32,7 @@ def translate(cfg: HFConfig, *, max_model_len: int | None) -> ModelDefinition:
     )
     moe = read_moe(cfg, experts="num_local_experts", intermediate_size="intermediate_size", renormalise=True)
     return with_experts(
-        plain,
+        plain.spec,
         [moe] * cfg.num_layers,
         block="block_sparse_moe",
         parts={"gate": "w1", "up": "w3", "down": "w2"},

@@ -39,7 +39,7 @@ def translate(cfg: HFConfig, *, max_model_len: int | None) -> ModelDefinition:
     moe = read_moe(
         cfg, intermediate_size="intermediate_size", renormalise=cfg.get(bool, "norm_topk_prob", False)
     )
-    return with_experts(replace(plain, spec=spec), [moe] * cfg.num_layers)
+    return with_experts(spec, [moe] * cfg.num_layers)
 
 
 def _norm_over_all(layer: LayerSpec) -> LayerSpec:

@@ -44,7 +44,7 @@ def translate(cfg: HFConfig, *, max_model_len: int | None) -> ModelDefinition:
             intermediate_size=cfg.count("shared_expert_intermediate_size"), activation=read_activation(cfg)
         ),
     )
-    return with_experts(plain, [moe if here else None for here in sparse])
+    return with_experts(plain.spec, [moe if here else None for here in sparse])
 
 
 def _windows(cfg: HFConfig) -> tuple[int | None, ...]:

@@ -39,4 +39,4 @@ def translate(cfg: HFConfig, *, max_model_len: int | None) -> ModelDefinition:
     if not any(sparse):
         return plain
     moe = read_moe(cfg, renormalise=cfg.get(bool, "norm_topk_prob", False))
-    return with_experts(plain, [moe if here else None for here in sparse])
+    return with_experts(plain.spec, [moe if here else None for here in sparse])
