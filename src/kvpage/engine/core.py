@@ -71,8 +71,7 @@ class EngineCore:
         request = state.request
         self.states[request.request_id] = state
         self.totals.prompt_tokens += len(request.prompt_token_ids)
-        if self.listeners:
-            self.listeners.tell(lambda o: o.admitted(request.request_id, len(request.prompt_token_ids)))
+        self.listeners.tell("admitted", request.request_id, len(request.prompt_token_ids))
 
     def step(self) -> list[RequestState]:
         """Schedule, execute, commit once; returns the requests that gained something.
@@ -89,8 +88,10 @@ class EngineCore:
         try:
             for sequence in self.scheduler.expire():
                 self._finish(sequence, changed)
+            running = self._running_if_heard()
             plan = self.scheduler.schedule()
             if plan is not None:
+                self._tell_moves(running, plan)
                 assert self._executor is not None, "a closed engine has no work"
                 phase = "executing"
                 result = self._executor.submit(plan).result()
@@ -109,7 +110,7 @@ class EngineCore:
             self._stepping = False
         if plan is not None:
             self.totals.steps += 1
-            if self.listeners:
+            if self.listeners.hears("step"):
                 self._tell_step(plan, time.perf_counter() - began)
         self._abort_asked(changed)
         return list(changed.values())
@@ -181,6 +182,7 @@ class EngineCore:
                     None if position is None else with_texts(position, self._tokenizer) for position in found
                 ]
         logprobs: Sequence[PositionLogprobs | None] | None = commit.logprobs
+        tokens_are_heard = self.listeners.hears("token")
         for i, (sequence, token_id) in enumerate(zip(commit.sequences, commit.token_ids, strict=True)):
             request_id = sequence.request.request_id
             state = states.get(request_id)
@@ -193,6 +195,8 @@ class EngineCore:
             reported = None if logprobs is None else logprobs[i]
             if reported is not None:
                 reported = with_texts(reported, self._tokenizer)
+            if tokens_are_heard:
+                self.listeners.tell("token", request_id, sequence.index, (token_id,))
             try:
                 matched = state.choices[sequence.index].add(
                     token_id, reported, silent=sequence.finish_reason == "stop"
@@ -245,20 +249,21 @@ class EngineCore:
 
     def _tell_finished(self, state: RequestState, choice: CompletionOutput) -> None:
         reason = choice.finish_reason
-        if self.listeners and reason is not None:
-            request_id, tokens = state.output.request_id, len(choice.token_ids)
-            self.listeners.tell(lambda o: o.finished(request_id, choice.index, reason, tokens))
+        if reason is not None:
+            tokens = len(choice.token_ids)
+            self.listeners.tell("finished", state.output.request_id, choice.index, reason, tokens)
 
     def _forget(self, state: RequestState) -> None:
         self.states.pop(state.output.request_id, None)
         self.totals.finished_requests += 1
-        if self.listeners:
-            self.listeners.tell(lambda o: o.completed(state.output.request_id, state.output.metrics))
+        self.listeners.tell("completed", state.output.request_id, state.output.metrics)
 
     def _interrupted(self, phase: str, plan: StepPlan | None, interrupt: BaseException) -> None:
         """Ctrl-C within a step. Where the scheduler is consistent, the engine goes on."""
         if phase == "executing" and plan is not None:
+            running = self._running_if_heard()
             self.scheduler.fail(plan)  # nothing was taken in: the next step computes it again
+            self._tell_moves(running, plan)
         elif phase == "delivering":
             error = RequestError(
                 "the request was interrupted while its tokens were delivered: submit it again"
@@ -304,4 +309,24 @@ class EngineCore:
             used_blocks=self.blocks.used_blocks,
             seconds=seconds,
         )
-        self.listeners.tell(lambda listener: listener.step(stats))
+        self.listeners.tell("step", stats)
+
+    def _running_if_heard(self) -> list[ScheduledSequence]:
+        """Who runs now, for ``_tell_moves``; nobody where no listener wants to know."""
+        wanted = self.listeners.hears("scheduled") or self.listeners.hears("preempted")
+        return list(self.scheduler.running) if wanted else []
+
+    def _tell_moves(self, before: list[ScheduledSequence], plan: StepPlan) -> None:
+        """Who lost its place and who took one since ``before`` was noted."""
+        for sequence in before:
+            if sequence.slot < 0 and sequence.finish_reason is None:
+                self.listeners.tell("preempted", sequence.request.request_id, sequence.index)
+        if not self.listeners.hears("scheduled"):
+            return
+        known = {id(sequence) for sequence in before}
+        children = {fork.child for fork in plan.forks}
+        for sequence in list(self.scheduler.running):
+            if id(sequence) not in known:
+                shared = sequence.in_flight if sequence.slot in children else 0
+                cached = sequence.computed + shared
+                self.listeners.tell("scheduled", sequence.request.request_id, sequence.index, cached)

@@ -50,26 +50,38 @@ class EngineStats:
         return self.used_blocks / self.total_blocks if self.total_blocks else 0.0
 
 
+EVENTS = ("admitted", "scheduled", "preempted", "token", "finished", "completed", "step")
+
+
 class Listeners:
-    """Calls event listeners; one that raises is logged and dropped."""
+    """Calls event listeners, each for what it overrides; one that raises is logged and dropped."""
 
     def __init__(self, listeners: Sequence[EventListener]) -> None:
-        self._listeners = list(listeners)
+        self._hearing: dict[str, list[EventListener]] = {event: [] for event in EVENTS}
+        for listener in listeners:
+            self.add(listener)
 
-    def __bool__(self) -> bool:
-        return bool(self._listeners)
+    def hears(self, event: str) -> bool:
+        """Whether anyone would be told of ``event``, the name of a method of ``EventListener``."""
+        return bool(self._hearing[event])
 
     def add(self, listener: EventListener) -> None:
-        self._listeners.append(listener)
+        for event, hearing in self._hearing.items():
+            method = getattr(listener, event, None)
+            if method is not None and getattr(method, "__func__", method) is not getattr(
+                EventListener, event
+            ):
+                hearing.append(listener)
 
-    def tell(self, call: Callable[[EventListener], None]) -> None:
-        for listener in list(self._listeners):
+    def tell(self, event: str, *values: object) -> None:
+        for listener in tuple(self._hearing[event]):
             try:
-                call(listener)
+                getattr(listener, event)(*values)
             except Exception:
                 # A listener is a guest of the engine: its faults end its own subscription and nothing else.
                 logging.getLogger("kvpage").exception("event listener %r failed and is dropped", listener)
-                self._listeners.remove(listener)
+                for hearing in self._hearing.values():
+                    hearing[:] = [other for other in hearing if other is not listener]
 
 
 class StatsLog(EventListener):
