@@ -134,16 +134,26 @@ class Rope:
 class AttentionBatch:
     """All that a backend learns about a step, for one KV group. Valid until the next step.
 
+    The tensors are read, never written; the next step may use their memory again. A padding row has length 0, a
+    table of zeros and any number of tokens, all with slot -1; tokens from cu_seqlens_q[B] on are padding too. What
+    q, k and v hold for padding tokens is undefined, NaN included. A row may have KV and no token in this step.
+
     Attributes:
         num_tokens, num_rows: T, B, padding included.
-        num_short: rows [0, num_short) are decode or verify rows, the rest prompt chunks: a hint, not a mode.
+        num_short: rows [0, num_short) are decode or verify rows, the rest prompt chunks: a hint, not a mode, which
+            never changes a result.
         cu_seqlens_q: int32 [B+1], row i owns tokens cu_seqlens_q[i] .. cu_seqlens_q[i+1].
         seq_lens: int32 [B], KV length of each row after this step; 0 for a padding row.
-        block_tables: int32 [B, max_blocks], pool block of each logical block; 0 = the null block.
+        block_tables: int32 [B, max_blocks], pool block of each logical block; 0 = the null block: behind the window
+            of the row's first query, and after the row's last block. Each row is contiguous; stride(0) may be more
+            than max_blocks. Rows may name the same blocks.
         slot_mapping: int64 [T], block * bs + offset where the token's K and V go; -1 = padding, write nothing.
         q_lens_host, seq_lens_host: the same lengths on the host, as upper bounds; for planners.
         max_query_len, max_seq_len: largest of them.
-        static: True where everything a launch fixes may depend only on ``num_rows`` and the engine's limits.
+        static: True where everything a launch fixes may depend only on ``num_rows`` and the engine's limits. Then
+            each row has one token, padding rows come last, the tensors keep their addresses from step to step, and
+            ``plan`` returns the same object for the same ``num_rows``. Only given to a backend whose caps say
+            ``graph="decode"``.
     """
 
     num_tokens: int
@@ -166,6 +176,10 @@ class AttentionBackend(ABC):
     Within a step the engine calls ``copy_blocks``, then ``plan`` once, then for every layer ``rope_write`` (or
     ``write_kv``) and ``attend``: the K and V of all rows of a layer are written before any row attends, so
     that sequences may share blocks filled in the same step.
+
+    q, k and v may be views with any strides but the last, which is 1; ``out`` is contiguous. Block 0 of the pool,
+    the null block, is never written and may hold anything. An object keeps nothing outside of itself: several
+    live side by side. ``kvpage.testing.attention`` proves all of this of a subclass.
     """
 
     caps: ClassVar[AttentionCaps]
@@ -179,11 +193,15 @@ class AttentionBackend(ABC):
 
     @abstractmethod
     def plan(self, batch: AttentionBatch) -> object:
-        """Called once a step, before any layer; what it returns is given to every ``attend`` of the step."""
+        """Called once a step, before any layer; what it returns is given to every ``attend`` of the step.
+
+        Layers of one step may differ in scale, window, softcap and sinks. What is made here follows the values of
+        ``batch``, not its shape: the next step may bring other rows in the same memory.
+        """
 
     @abstractmethod
     def write_kv(self, kv: torch.Tensor, k: torch.Tensor, v: torch.Tensor, batch: AttentionBatch) -> None:
-        """Store k [T, Hkv, D] and v [T, Hkv, Dv] at ``batch.slot_mapping``; may be strided views."""
+        """Store k [T, Hkv, D] and v [T, Hkv, Dv] at ``batch.slot_mapping``: these slots, and not a byte besides."""
 
     @abstractmethod
     def attend(
@@ -197,13 +215,18 @@ class AttentionBackend(ABC):
     ) -> None:
         """Causal attention of q [T, Hq, D] over each row's KV into out [T, Hq, Dv].
 
-        The last query of a row sits at position seq_len - 1. Cache slots beyond a row's length may hold
-        anything, NaN included. ``out`` of padding tokens may be left as it is.
+        The last query of a row sits at position seq_len - 1. Query head h reads KV head h // (Hq / Hkv). Cache
+        slots beyond a row's length, blocks that it does not own and those behind its window may hold anything, NaN
+        included. q and the cache are only read. ``out`` of padding tokens may hold anything afterwards. A row's
+        result should not depend, to the bit, on the other rows; a backend that cannot promise that says so.
         """
 
     @abstractmethod
     def copy_blocks(self, kv: torch.Tensor, source: torch.Tensor, target: torch.Tensor) -> None:
-        """Copy blocks source[i] -> target[i] (int64 [N]) of one layer's KV tensor. No target is also a source."""
+        """Copy blocks source[i] -> target[i] (int64 [N], N >= 0) of one layer's KV tensor, bit by bit.
+
+        A source may be there several times; no target is twice, or also a source. Calls take effect in their order.
+        """
 
     def rope_write(
         self,
@@ -217,7 +240,8 @@ class AttentionBackend(ABC):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Rotate q and k for positions int64 [T] (``rope=None``: not at all), then ``write_kv``.
 
-        Returns the rotated (q, k). Backends may fuse the two.
+        Returns the rotated (q, k); the caller reads no others, so that a backend may rotate in place. Backends may
+        fuse the two; the rotation is in float32 and rounded once to the dtype of q and k, as ``rotate`` does it.
         """
         if rope is not None:
             q, k = rotate(q, positions, rope), rotate(k, positions, rope)

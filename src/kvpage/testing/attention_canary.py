@@ -64,48 +64,108 @@ def check_writes(property: str, rig: Rig, rows: Sequence[Row], options: Options 
     options = options or Options()
     written = written_by(rig, write_call(rig, rows, options))
     given = [slot for slot in rig.slots(rows) if slot >= 0]
-    owned = {slot: _bytes_of_slot(rig, slot) for slot in given}
+    alone = {slot: _write_alone(rig, slot) for slot in sorted(_neighbours(rig, given))}
+    _check_apart(property, rig, rows, alone)
     stray = written.touched.clone()
-    for block, mask in owned.values():
-        stray[block] &= ~mask
+    for slot in given:
+        block = slot // rig.size + rig.margin
+        stray[block] &= ~alone[slot].touched[block]
     if bool(stray.any()):
         block, byte = (int(i) for i in stray.nonzero()[0])
-        raise ConformanceError(property, _stray(rig, rows, options, written, block, byte, int(stray.sum())))
-    for token, slot in enumerate(slot for slot in rig.slots(rows) if slot >= 0):
-        block, mask = owned[slot]
-        missing = mask & ~written.touched[block]
-        if bool(missing.any()):
+        owner = _owner(rig, alone, block, byte)
+        raise ConformanceError(
+            property, _stray(rig, rows, options, written, owner, block, byte, int(stray.sum()))
+        )
+    for token, slot in enumerate(given):
+        block = slot // rig.size + rig.margin
+        missing = alone[slot].touched[block] & ~written.touched[block]
+        if bool(missing.any()) or not bool(alone[slot].touched[block].any()):
             raise ConformanceError(
                 property,
                 f"write_kv left a slot out: {_token(rig, rows, token, padding=False)} belongs to "
                 f"{_place(rig, block)}, offset {slot % rig.size}; {int(missing.sum())} of its "
-                f"{int(mask.sum())} bytes still are what they were ({FILLINGS[0]:#x})\n  case: {rig.shape}",
+                f"{int(alone[slot].touched[block].sum())} bytes still are what they were ({FILLINGS[0]:#x})\n"
+                f"  case: {rig.shape}",
             )
 
 
-def _bytes_of_slot(rig: Rig, slot: int) -> tuple[int, torch.Tensor]:
-    """Block of the room, and bool [bytes] of that block: what writing this slot alone touches there."""
-    sequence, position = next(
-        (sequence, table.index(slot // rig.size) * rig.size + slot % rig.size)
+def _neighbours(rig: Rig, slots: Sequence[int]) -> set[int]:
+    """Every slot of the blocks that these slots lie in, where a sequence has a position for it."""
+    blocks = {slot // rig.size for slot in slots}
+    return {
+        rig.slot(sequence, position)
         for sequence, table in enumerate(rig.tables)
-        if slot // rig.size in table
+        for position in range(rig.lengths[sequence])
+        if table[position // rig.size] in blocks
+    }
+
+
+def _position(rig: Rig, slot: int) -> tuple[int, int]:
+    """The sequence that owns a slot, and the position it keeps there."""
+    block = slot // rig.size
+    return next(
+        (sequence, table.index(block) * rig.size + slot % rig.size)
+        for sequence, table in enumerate(rig.tables)
+        if block in table
     )
-    alone = written_by(rig, write_call(rig, [Row(sequence, position, position + 1)], Options()))
-    block = slot // rig.size + rig.margin
-    return block, alone.touched[block]
+
+
+def _write_alone(rig: Rig, slot: int) -> Written:
+    """What a step does that writes this slot and no other."""
+    sequence, position = _position(rig, slot)
+    return written_by(rig, write_call(rig, [Row(sequence, position, position + 1)], Options()))
+
+
+def _check_apart(property: str, rig: Rig, rows: Sequence[Row], alone: dict[int, Written]) -> None:
+    """No byte belongs to two slots."""
+    __tracebackhide__ = True
+    for block in sorted({slot // rig.size for slot in alone}):
+        known: list[int] = []
+        for slot in sorted(slot for slot in alone if slot // rig.size == block):
+            for other in known:
+                both = alone[slot].touched[block + rig.margin] & alone[other].touched[block + rig.margin]
+                if bool(both.any()):
+                    byte = int(both.nonzero()[0])
+                    raise ConformanceError(property, _collision(rig, rows, alone, other, slot, byte))
+            known.append(slot)
+
+
+def _collision(
+    rig: Rig, rows: Sequence[Row], alone: dict[int, Written], first: int, second: int, byte: int
+) -> str:
+    sequence, position = _position(rig, second)
+    block, row = second // rig.size, [row.sequence for row in rows].index(sequence)
+    kept, now = (_value(rig, alone[slot].after, block + rig.margin, byte) for slot in (first, second))
+    carried = _carrier(rig, [Row(sequence, position, position + 1)], Options(), now)
+    what = "" if carried is None else f" ({carried[0]}, head {carried[2]}, element {carried[3]})"
+    return (
+        f"write_kv wrote a slot that it was not given: the token at position {position} of row {row} (block "
+        f"{position // rig.size}, pool block {block}, offset {second % rig.size}) goes over offset "
+        f"{first % rig.size}, byte {byte} of the block: got {now:.7g}{what}, expected {kept:.7g}, which the token "
+        f"at position {_position(rig, first)[1]} left there\n  case: {rig.shape}"
+    )
+
+
+def _value(rig: Rig, room: torch.Tensor, block: int, byte: int) -> float:
+    """The element of the KV tensor that this byte belongs to."""
+    kind = rig.rooms[0].dtype
+    at = byte - byte % kind.itemsize
+    return float(room[block, at : at + kind.itemsize].clone().view(kind)[0])
 
 
 def _stray(
-    rig: Rig, rows: Sequence[Row], options: Options, written: Written, block: int, byte: int, count: int
+    rig: Rig,
+    rows: Sequence[Row],
+    options: Options,
+    written: Written,
+    owner: str,
+    block: int,
+    byte: int,
+    count: int,
 ) -> str:
-    kind = rig.rooms[0].dtype
-    at = byte - byte % kind.itemsize
-    before, after = (
-        float(values[block, at : at + kind.itemsize].clone().view(kind)[0])
-        for values in (written.before, written.after)
-    )
+    before, after = (_value(rig, room, block, byte) for room in (written.before, written.after))
     return (
-        f"write_kv wrote a slot that it was not given: {_place(rig, block)}{_owner(rig, block, byte)}, byte {byte}: "
+        f"write_kv wrote a slot that it was not given: {_place(rig, block)}{owner}, byte {byte}: "
         f"got {after:.7g}, expected {before:.7g} as before; {_source(rig, rows, options, after)}\n"
         f"  wrong: {count} bytes; case: {rig.shape}; slot_mapping holds "
         f"{rig.slots(rows).count(-1) + options.trailing} tokens of -1"
@@ -119,36 +179,41 @@ def _place(rig: Rig, block: int) -> str:
     return f"pool block {inside}" + (" (the null block)" if inside == 0 else "")
 
 
-def _owner(rig: Rig, block: int, byte: int) -> str:
+def _owner(rig: Rig, alone: dict[int, Written], block: int, byte: int) -> str:
     """Row, logical block and offset that the byte belongs to."""
     inside = block - rig.margin
-    for sequence, table in enumerate(rig.tables):
-        if inside not in table:
-            continue
-        logical = table.index(inside)
-        for offset in range(rig.size):
-            if logical * rig.size + offset >= rig.lengths[sequence]:
-                break
-            if bool(_bytes_of_slot(rig, inside * rig.size + offset)[1][byte]):
-                return f", offset {offset} (block {logical} of sequence {sequence})"
-        return f" (block {logical} of sequence {sequence})"
+    for slot, written in alone.items():
+        if slot // rig.size == inside and bool(written.touched[block, byte]):
+            sequence, position = _position(rig, slot)
+            return f", offset {slot % rig.size} (block {position // rig.size} of sequence {sequence})"
     return " (nobody's)" if inside in rig.unowned else ""
 
 
-def _source(rig: Rig, rows: Sequence[Row], options: Options, value: float) -> str:
-    """Which token, head and element of K or V this value came from."""
-    if value == float(torch.tensor(PADDING).to(rig.k[0][0].dtype)):
-        token = rig.slots([*rows, Row(None, 0, options.trailing)]).index(-1)
-        return f"that is what padding tokens carry, the first is {_token(rig, rows, token, padding=True)}, head 0"
+def _carrier(
+    rig: Rig, rows: Sequence[Row], options: Options, value: float
+) -> tuple[str, int, int, int] | None:
+    """Where a stored value came from: "K" or "V", token of the step, head, element."""
     _, k, v = rig.inputs(rows, 0, options.trailing, padding=PADDING)
     for name, tensor in (("K", k), ("V", v)):
         found = (tensor.double().cpu() == value).nonzero()
         if len(found):
             token, head, element = (int(i) for i in found[0])
-            return (
-                f"that is {name} of {_token(rig, rows, token, padding=True)}, head {head}, element {element}"
-            )
-    return "which no token of the step carries"
+            return name, token, head, element
+    return None
+
+
+def _source(rig: Rig, rows: Sequence[Row], options: Options, value: float) -> str:
+    """The same in words."""
+    carried = _carrier(rig, rows, options, value)
+    if carried is None:
+        return "which no token of the step carries"
+    name, token, head, element = carried
+    padding = (
+        "; padding carries this value" if value == float(torch.tensor(PADDING).to(rig.k[0][0].dtype)) else ""
+    )
+    return (
+        f"that is {name} of {_token(rig, rows, token, padding=True)}, head {head}, element {element}{padding}"
+    )
 
 
 def _token(rig: Rig, rows: Sequence[Row], token: int, *, padding: bool) -> str:

@@ -7,15 +7,12 @@ from typing import Any
 
 import torch
 
-from kvpage.api.attention import Rope
 from kvpage.testing.attention_canary import check_writes, written_by
 from kvpage.testing.attention_report import check_tensor
 from kvpage.testing.attention_rig import Options, Rig, Row, Step
+from kvpage.testing.attention_rope import ROPES, STRIDES, rope_step, rope_tables, strided
 from kvpage.testing.attention_subject import FEATURES, AttentionSubject
 from kvpage.testing.suite import ConformanceError
-
-ROPES = ("none", "halves", "interleaved", "partial-halves", "partial-interleaved")
-STRIDES = ("fused-qkv", "padded-heads", "v-inside-k")
 
 
 class AttentionMemory(AttentionSubject):
@@ -143,7 +140,7 @@ class AttentionMemory(AttentionSubject):
         rig.fill(rows)
         batch = rig.batch(rows, Options(strided_table=True))
         plan = rig.backend.plan(batch)
-        q, k, v = _strided(strides, *rig.inputs(rows))
+        q, k, v = strided(strides, *rig.inputs(rows))
         rig.backend.write_kv(rig.kv[0], k, v, batch)
         rig.note_written(rows)
         step = Step(rows, batch, [rig.layer()])
@@ -244,7 +241,7 @@ class AttentionMemory(AttentionSubject):
         """rope_write is rotate, rounded once from float32, then write_kv; also fused, partial, interleaved, strided."""
         for strides in ("contiguous", "fused-qkv"):
             rig, rows = self.mixed(self.shape(dtype=dtype))
-            step = _rope_step(rig, rows, _rope(rope, rig), strides, rope)
+            step = rope_step(rig, rows, [rope_tables(rope, rig)], strides, rope)
             self.check(f"rope_write ({rope})", rig, step)
 
     def test_rope_write_touches_only_its_slots(self) -> None:
@@ -267,96 +264,6 @@ class AttentionMemory(AttentionSubject):
         wanted, got = written_by(rig, plain), written_by(rig, fused)
         rig.rooms[0].view(torch.uint8).flatten(1).copy_(got.after)
         _check_blocks(rig, wanted.after, [], property="rope_write (slots)")
-
-
-def _strided(
-    kind: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The same values as views, NaN between them."""
-    tokens = q.shape[0]
-
-    def roomy(*tensors: torch.Tensor) -> list[torch.Tensor]:
-        """Side by side in one [T, heads, sum of widths] tensor."""
-        width = sum(tensor.shape[2] for tensor in tensors)
-        room = tensors[0].new_full((tokens, tensors[0].shape[1], width + 8), torch.nan)
-        views, start = [], 0
-        for tensor in tensors:
-            view = room[:, :, start : start + tensor.shape[2]]
-            view.copy_(tensor)
-            views.append(view)
-            start += tensor.shape[2]
-        return views
-
-    if kind == "contiguous":
-        return q, k, v
-    if kind == "v-inside-k":
-        first, second = roomy(k, v)
-        return roomy(q)[0], first, second
-    if kind == "padded-heads":
-        return roomy(q)[0], roomy(k)[0], roomy(v)[0]
-    flat = torch.cat([tensor.reshape(tokens, -1) for tensor in (q, k, v)], 1)
-    parts = flat.split([tensor.shape[1] * tensor.shape[2] for tensor in (q, k, v)], 1)
-    return parts[0].view(q.shape), parts[1].view(k.shape), parts[2].view(v.shape)
-
-
-def _rope(kind: str, rig: Rig) -> Rope | None:
-    """Tables with angles of any size for positions 0 .. longest."""
-    if kind == "none":
-        return None
-    rotary = rig.shape.head_dim // 2 if kind.startswith("partial") else rig.shape.head_dim
-    generator = torch.Generator(device="cpu").manual_seed(11)
-    size = (max(rig.lengths), rotary // 2)
-    angles = torch.rand(size, generator=generator, dtype=torch.float32, device="cpu") * 1e3
-    cos, sin = angles.cos().to(rig.device), angles.sin().to(rig.device)
-    return Rope(cos=cos, sin=sin, rotary_dim=rotary, interleaved=kind.endswith("interleaved"))
-
-
-def _rope_step(rig: Rig, rows: Sequence[Row], rope: Rope | None, strides: str, name: str) -> Step:
-    """rope_write of history, then of the step; what it returns is checked, then the step attends with it."""
-    __tracebackhide__ = True
-    history = [Row(row.sequence, 0, row.first) for row in rows if row.first]
-    for part in (history, rows):
-        batch = rig.batch(part)
-        plan = rig.backend.plan(batch)
-        given = rig.inputs(part)
-        positions = torch.cat([torch.arange(row.first, row.last) for row in part]).to(rig.device)
-        exact = [x.double() if rope is None else _exact_rotation(x, positions, rope) for x in given[:2]]
-        q, k, v = _strided(strides, *(x.clone() for x in given))
-        turned = rig.backend.rope_write(q, k, v, positions, rope, rig.kv[0], batch)
-        for letter, mine, wanted in zip("qk", turned, exact, strict=True):
-            # Half a unit in the last place of the result, and what float32 loses before that.
-            unit = torch.finfo(mine.dtype).eps
-            allowed = (4e-6 if mine.dtype == torch.float32 else 2e-5, 0.51 * unit + 1e-6)
-            check_tensor(f"rope_write ({name})", f"rotated {letter}", mine, wanted, allowed)
-    # From here on the sequences hold what the cache should: q and k rotated.
-    for tensors in (rig.q[0], rig.k[0]):
-        for sequence, values in enumerate(tensors):
-            at = torch.arange(len(values), device=rig.device)
-            moved = values.to(rig.device)
-            tensors[sequence] = (
-                moved if rope is None else _exact_rotation(moved, at, rope).to(moved.dtype)
-            ).cpu()
-    rig.note_written([Row(row.sequence, 0, row.last) for row in rows])
-    step = Step(rows, batch, [rig.layer()])
-    rig.attend(step, turned[0], rig.kv[0], rig.layer(), plan)
-    return step
-
-
-def _exact_rotation(x: torch.Tensor, positions: torch.Tensor, rope: Rope) -> torch.Tensor:
-    """rotate in float64."""
-    wide = Rope(
-        cos=rope.cos.double(), sin=rope.sin.double(), rotary_dim=rope.rotary_dim, interleaved=rope.interleaved
-    )
-    half = wide.rotary_dim // 2
-    cos, sin = wide.cos[positions].unsqueeze(1), wide.sin[positions].unsqueeze(1)
-    out = x.double()
-    pairs = (slice(0, wide.rotary_dim, 2), slice(1, wide.rotary_dim, 2)) if wide.interleaved else (
-        slice(0, half), slice(half, wide.rotary_dim)
-    )  # fmt: skip
-    first, second = out[..., pairs[0]].clone(), out[..., pairs[1]].clone()
-    out[..., pairs[0]] = first * cos - second * sin
-    out[..., pairs[1]] = second * cos + first * sin
-    return out
 
 
 def _check_blocks(

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from kvpage.api.attention import AttentionLayer
-from kvpage.testing.attention_oracle import diagnose, exact_row
+from kvpage.testing.attention_oracle import RowData, diagnose, exact_row
 from kvpage.testing.attention_rig import GUARD, Rig, Row, Step
 from kvpage.testing.suite import ConformanceError
 
@@ -71,6 +71,9 @@ def _wrong_output(
     bad = [step.rows.index(item[1]) for item in compared if bool(item[-1].any())]
     rows = [(rig.row_data(item[1], index), item[2]) for item in compared]
     likely = diagnose(rows, step.layers[index], tolerance)
+    if not likely and len(bad) < len(compared):
+        likely = diagnose(_those_wrong(rig, compared, index), step.layers[index], tolerance)
+        likely += " (in the wrong rows)" if likely else ""
     if not likely and any(bool((~item[2].isfinite()).any()) for item in compared):
         likely = NOT_FINITE
     lines = [
@@ -84,6 +87,10 @@ def _wrong_output(
         f"elements, in rows {', '.join(map(str, bad))} of {len(step.rows)}",
     ]
     return "\n  ".join([*lines, *([f"looks like: {likely}"] if likely else [])])
+
+
+def _those_wrong(rig: Rig, compared: Compared, index: int) -> list[tuple[RowData, torch.Tensor]]:
+    return [(rig.row_data(item[1], index), item[2]) for item in compared if bool(item[-1].any())]
 
 
 def _check_guards(property: str, rig: Rig, step: Step, index: int) -> None:

@@ -10,6 +10,7 @@ import torch
 
 from kvpage.api.attention import AttentionBatch, AttentionLayer
 from kvpage.testing.attention_rig import Options, Rig, Row, Step
+from kvpage.testing.attention_rope import rope_step, rope_tables
 from kvpage.testing.attention_subject import AttentionSubject
 from kvpage.testing.suite import ConformanceError, not_claimed
 
@@ -33,6 +34,14 @@ class AttentionSteps(AttentionSubject):
             ),
         ]
         self.check("one plan for every layer", rig, rig.step(rows, layers))
+
+    def test_ropes_of_one_step_differ(self) -> None:
+        """Layers of one step with two rotary tables and with none, as of local and global layers; then a next step."""
+        for strides in ("contiguous", "fused-qkv"):
+            rig, rows = self.mixed(layers=3)
+            ropes = [rope_tables("halves", rig, seed=1), rope_tables("halves", rig, seed=2), None]
+            step = rope_step(rig, rows, ropes, strides, "a rope a layer")
+            self.check("rope_write (a rope a layer)", rig, step)
 
     def test_steps_follow_one_another(self) -> None:
         """Rows grow token by token over block edges, in buffers that the next step overwrites, as an engine's are."""

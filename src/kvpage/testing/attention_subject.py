@@ -10,7 +10,7 @@ import torch
 from kvpage.api.attention import AttentionBackend, AttentionNeed
 from kvpage.testing.attention_report import check_step
 from kvpage.testing.attention_rig import Rig, Row, Shape, Step
-from kvpage.testing.suite import ConformanceSuite, not_claimed
+from kvpage.testing.suite import ConformanceError, ConformanceSuite, not_claimed
 
 DTYPES = ("float32", "bfloat16", "float16")
 KV_DTYPES = ("int8", "fp8_e4m3")
@@ -57,6 +57,11 @@ class AttentionSubject(ConformanceSuite):
     def where(self) -> str:
         """The device the suite runs on; skips where this machine has none."""
         claimed = self.backend.caps.devices
+        if self.device is not None and self.device.partition(":")[0] not in claimed:
+            raise ConformanceError(
+                "device",
+                f"device {self.device!r} is set, {self.backend.__name__} claims {', '.join(sorted(claimed))}",
+            )
         device = self.device or ("cpu" if "cpu" in claimed else min(claimed))
         try:
             torch.empty(0, device=device)

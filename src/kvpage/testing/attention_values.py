@@ -48,10 +48,9 @@ class AttentionValues(AttentionSubject):
 
     def test_value_head_dim(self) -> None:
         """V narrower than K (feature ``v_head_dim``): strides and output size follow V."""
-        plain = self.shape()
-        values = [d for d in (*self.axes()["head_dim"], 16) if d < plain.head_dim]
-        shape = self.shape(v_head_dim=values[-1] if values else plain.head_dim // 2)
-        rig, rows = self.mixed(shape, features={"v_head_dim"})
+        claimed = self.backend.caps.head_dims
+        narrow, wide = sorted(claimed)[:2] if claimed is not None and len(claimed) > 1 else (16, 32)
+        rig, rows = self.mixed(self.shape(head_dim=wide, v_head_dim=narrow), features={"v_head_dim"})
         self.check("V head dim", rig, rig.step(rows, rig.layer()))
 
     def test_grouped_heads(self, heads: str) -> None:
@@ -116,7 +115,7 @@ class AttentionValues(AttentionSubject):
             self.check("num_short is a hint", rig, rig.step(rows, rig.layer(), Options(num_short=hint)))
 
     def test_large_scores(self, dtype: str) -> None:
-        """Scores near +10000 and -10000, with ties: softmax subtracts the maximum, and masks with minus infinity."""
+        """Scores near +20000 and -20000, with ties: softmax subtracts the maximum, and masks with minus infinity."""
         shape = self.shape(dtype=dtype)
         size = shape.block_size
         rig = self.rig([2 * size + 3, 2 * size + 3, size + 2, size + 2], shape)
@@ -124,7 +123,7 @@ class AttentionValues(AttentionSubject):
             self._enlarge(rig, sequence, sign)
         length, short = 2 * size + 3, size + 2
         rows = [Row(0, length - 1, length), Row(1, length - 1, length), Row(2, 0, short), Row(3, 0, short)]
-        layer = rig.layer(scale=1e4 / (shape.head_dim * 128.0))
+        layer = rig.layer(scale=2e4 / (shape.head_dim * 128.0))
         self.check("large scores", rig, rig.step(rows, layer))
 
     def test_window(self, window: str) -> None:
@@ -170,6 +169,14 @@ class AttentionValues(AttentionSubject):
         rig = self.rig([3001, 3001, 5], self.shape(num_heads=2, num_kv_heads=1), spread=1.0)
         rows = [Row(2, 4, 5), Row(0, 3000, 3001), Row(1, 2960, 3001)]
         self.check("long row", rig, rig.step(rows, rig.layer()))
+
+    def test_long_chunk(self) -> None:
+        """Prompt chunks of several hundred tokens, from the start and from the middle: tiles of queries, seamless."""
+        claimed = self.backend.caps.features & {"window"}
+        rig = self.rig([531, 401], self.shape(num_heads=2, num_kv_heads=1), features=claimed)
+        rows = [Row(0, 0, 531), Row(1, 100, 401)]
+        for window in (None, 150) if claimed else (None,):
+            self.check("long chunk", rig, rig.step(rows, rig.layer(window=window)))
 
     def test_row_has_the_same_bits_in_any_batch(self, dtype: str) -> None:
         """Each row alone, and all of them in another order: bit for bit what the mixed step gave.

@@ -27,16 +27,23 @@ class ConformanceSuite:
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
         if "pytest" in sys.modules and cls.__name__.startswith("Test"):
-            cls.pytestmark = [sys.modules["pytest"].mark.kvpage_conformance]
+            own = vars(cls).get("pytestmark", [])
+            marks = own if isinstance(own, list) else [own]
+            cls.pytestmark = [*marks, sys.modules["pytest"].mark.kvpage_conformance]
 
     def axes(self) -> dict[str, Sequence[Any]]:
         """Every parameter that a test of the suite may take -> the values it is run with."""
         return {}
 
     def pytest_generate_tests(self, metafunc: Any) -> None:
-        """pytest's hook for the tests of a class: one test a value of each axis that the test names."""
+        """pytest's hook for the tests of a class: one test a value of each axis that the test names
+        and does not parametrize itself."""
+        own = [mark.args[0] for mark in metafunc.definition.iter_markers("parametrize")]
+        given = {
+            name.strip() for names in own for name in (names.split(",") if isinstance(names, str) else names)
+        }
         for name, values in self.axes().items():
-            if name in metafunc.fixturenames:
+            if name in metafunc.fixturenames and name not in given:
                 metafunc.parametrize(name, list(values), ids=[str(value) for value in values])
 
     def cases(self) -> Iterator[tuple[str, Callable[[], None]]]:
