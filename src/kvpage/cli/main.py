@@ -11,10 +11,13 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol, cast
 
 import kvpage
 from kvpage.errors import KvpageError
+
+if TYPE_CHECKING:
+    from kvpage.api.records import Record
 
 OK, NO, ERROR, INTERRUPTED, BROKEN_PIPE = 0, 1, 2, 130, 141
 """Exit statuses: done; done, and the answer is no; refused; Ctrl-C; the reader of our output went away."""
@@ -131,11 +134,15 @@ def _dispatch(arguments: list[str], plugin_commands: Callable[[], Iterable[Comma
     command = next((command for command in commands if command.name == name), None)
     if command is None:
         commands = [*COMMANDS, *plugin_commands()]
-        command = next((command for command in commands if command.name == name), None)
+        command = next((command for command in commands if command.name.replace("_", "-") == name), None)
     if command is None:
         raise KvpageError(_unknown(name, [command.name for command in commands]))
-    module, _, function = command.factory.partition(":")
-    return int(getattr(importlib.import_module(module), function)(rest))
+    if isinstance(command, Command):
+        module, _, function = command.factory.partition(":")
+        return int(getattr(importlib.import_module(module), function)(rest))
+    from kvpage.plugins import load  # not needed by kvpage's own commands
+
+    return int(load(cast("Record", command))(rest))
 
 
 def _help(commands: Sequence[CommandLike]) -> str:
@@ -167,10 +174,22 @@ def _unknown(name: str, known: Sequence[str]) -> str:
 
 
 def _installed_commands() -> Iterable[CommandLike]:
-    """Commands of installed plugins."""
+    """Commands of installed plugins, but those that could never be called by their name."""
+    import logging
+
     from kvpage.plugins import PluginRegistry
 
-    return PluginRegistry().cli_commands()
+    own = {command.name for command in COMMANDS} | {"help"}
+    found: dict[str, CommandLike] = {}
+    for record in PluginRegistry().cli_commands():
+        name = record.name.replace("_", "-")
+        if name in own or name in found:
+            logging.getLogger("kvpage").warning(
+                "the command %r of a plugin is left out: there is %s already", record.name, name
+            )
+        else:
+            found[name] = record
+    return found.values()
 
 
 def _take_switch(arguments: list[str], flag: str) -> bool:

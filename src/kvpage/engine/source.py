@@ -40,8 +40,10 @@ class Source:
         return text
 
 
-def find_model(options: EngineOptions, registry: PluginRegistry) -> Source:
+def find_model(options: EngineOptions, registry: PluginRegistry, *, weights: bool = True) -> Source:
     """The folder, file or object that ``options.model`` names, and its config.
+
+    ``weights=False``: of one on the hub, the config is enough.
 
     Raises:
         ConfigError: ``load_format`` names no reader.
@@ -56,7 +58,7 @@ def find_model(options: EngineOptions, registry: PluginRegistry) -> Source:
                 f"model must be a folder, a hub id, 'demo' or a transformers model, got {model!r:.80}"
             )
         return Source(None, model, living_config(model))
-    path = find_folder(options, files=[pattern for record in readers for pattern in record.files])
+    path = find_folder(options, weights=weights, files=[pattern for record in readers for pattern in record.files])
     record = choose_reader(readers, options.load_format, path).record
     reader = open_reader(record, path)
     folder = path.parent if path.is_file() else path

@@ -132,9 +132,12 @@ def make_kernel(form: WeightForm, bias: torch.Tensor | None, env: DecoderEnv) ->
     """
     where = LinearEnv(device=torch.device(env.device).type, dtype=env.dtype)
     refused = []
-    kinds: tuple[type[LinearKernel], ...] = (*env.linear_kernels, DenseLinear)
+    kinds: list[type[LinearKernel]] = list(dict.fromkeys((*env.linear_kernels, DenseLinear)))
     for kind in kinds:
-        reasons = kind.supports(form, where)
+        try:
+            reasons = kind.supports(form, where)
+        except Exception as error:  # foreign code; the next one may do
+            reasons = [f"supports() raised {type(error).__name__}: {error}"]
         if not reasons:
             kernel = kind(where)
             kernel.prepare(form, bias)
