@@ -1,6 +1,6 @@
-"""What a transformers model asks of attention, found by running it once without weights.
+"""What a transformers model asks of attention, found by running it without weights.
 
-The model is built on torch's meta device (shapes only) and given a few tokens. Every call of the attention
+The model is built on torch's meta device (shapes only) and given a few tokens, then many. Every call of the attention
 function is recorded, with the rule its mask would be made by. A model that asks for anything that paged attention
 does not do is refused, with the reason.
 """
@@ -18,7 +18,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from kvpage.models.fallback.attention import PROBE, STEP, Refused, register
 
-PROBE_TOKENS = 8
+SHORT, LONG = 8, 4099
+"""Tokens of the two runs: many models attend in another way (compressed, sparse, chunked) beyond some length."""
+
 IGNORED = frozenset({
     "dropout", "position_ids", "cache_position", "use_cache", "is_causal", "sliding_window", "scaling", "softcap",
     "s_aux", "return_dict", "output_router_logits", "output_hidden_states",
@@ -86,6 +88,7 @@ class _Recorder:
     """An ``AttendingStep`` that notes what it is asked."""
 
     names: Mapping[torch.nn.Module, str]
+    tokens: int
     max_position: int
     calls: list[AttentionCall] = field(default_factory=list)
 
@@ -101,7 +104,7 @@ class _Recorder:
         name = self.names[module]
         if any(call.module == name for call in self.calls):
             raise Refused(f"{name} attends more than once in one pass, so that its K and V are not one cache")
-        heads, kv_heads, dim, v_dim = _sizes(name, query, key, value)
+        heads, kv_heads, dim, v_dim = _sizes(name, self.tokens, query, key, value)
         other = sorted(
             key for key, given in keywords.items() if key not in IGNORED and _says_something(given)
         )
@@ -142,42 +145,49 @@ def probe(model_class: Any, config: Any, max_position: int) -> Probed:
     config = copy.deepcopy(config)
     if hasattr(config, "_experts_implementation"):
         config._experts_implementation = "eager"  # it asks which experts are hit, and _Choices says none
+    layers = getattr(config.get_text_config(), "num_hidden_layers", None)
     try:
         # No values: torch's generators are not drawn from. Conditions on values are _Choices.
         with torch.device("meta"), torch.no_grad(), _Choices():  # type: ignore[no-untyped-call]
             model = model_class._from_config(config, attn_implementation=PROBE).eval()
             base, head = split(model)
             takes_positions(base)
-            names = {module: name for name, module in base.named_modules()}
-            recorder = _Recorder(names, max_position)
-            ids = torch.zeros((1, PROBE_TOKENS), dtype=torch.int64)
-            hidden = base(
-                input_ids=ids,
-                position_ids=torch.arange(PROBE_TOKENS).unsqueeze(0),
-                use_cache=False,
-                **{STEP: recorder},
-            )[0]
+            short, hidden = _run(base, layers, min(SHORT, max_position), max_position)
             logits = head(inputs_embeds=hidden, use_cache=False)[0]
+            long, _ = _run(base, layers, min(LONG, max_position), max_position)
     except Refused:
         raise
     except Exception as error:  # someone else's code, run in a way its author may not have thought of
         raise Refused(
             f"it cannot be run without weights ({type(error).__name__}: {first_line(error)})"
         ) from error
-    layers = getattr(config.get_text_config(), "num_hidden_layers", None)
+    if long != short:
+        raise Refused("its attention depends on how many tokens run at once")
+    if logits.shape[:2] != hidden.shape[:2]:
+        raise Refused(f"its logits for {hidden.shape[1]} tokens have shape {list(logits.shape)}")
+    rows = model.get_input_embeddings().weight.shape[0]
+    if rows < logits.shape[-1]:
+        raise Refused(f"it has logits for {logits.shape[-1]} tokens and embeddings of {rows}")
+    return Probed(tuple(short), hidden.shape[-1], logits.shape[-1], tuple(_parameters(model, short)))
+
+
+def _run(
+    base: Any, layers: int | None, tokens: int, max_position: int
+) -> tuple[list[AttentionCall], torch.Tensor]:
+    """(the calls of attention for ``tokens`` tokens, hidden states)."""
+    recorder = _Recorder({module: name for name, module in base.named_modules()}, tokens, max_position)
+    hidden = base(
+        input_ids=torch.zeros((1, tokens), dtype=torch.int64),
+        position_ids=torch.arange(tokens).unsqueeze(0),
+        use_cache=False,
+        **{STEP: recorder},
+    )[0]
     if len(recorder.calls) != layers:
         raise Refused(
             f"{len(recorder.calls)} of its {layers} layers attend through the attention-function registry; the "
             "others mix tokens in another way"
         )
-    if logits.shape[:2] != (1, PROBE_TOKENS):
-        raise Refused(f"its logits for {PROBE_TOKENS} tokens have shape {list(logits.shape)}")
-    rows = model.get_input_embeddings().weight.shape[0]
-    if rows < logits.shape[-1]:
-        raise Refused(f"it has logits for {logits.shape[-1]} tokens and embeddings of {rows}")
-    return Probed(
-        tuple(recorder.calls), hidden.shape[-1], logits.shape[-1], tuple(_parameters(model, recorder))
-    )
+    return recorder.calls, hidden
 
 
 class BodyOutput:
@@ -230,17 +240,15 @@ def first_line(error: BaseException) -> str:
 
 
 def _sizes(
-    name: str, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+    name: str, tokens: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
 ) -> tuple[int, int, int, int]:
     """(query heads, KV heads, elements of a head of K, of V)."""
-    if query.dim() != 4 or query.shape[0] != 1 or query.shape[2] != PROBE_TOKENS:
+    if query.dim() != 4 or query.shape[0] != 1 or query.shape[2] != tokens:
         raise Refused(
             f"{name} attends with queries of shape {list(query.shape)}, which are not those of its tokens"
         )
-    if key.shape[2] != PROBE_TOKENS:
-        raise Refused(
-            f"{name} attends to {key.shape[2]} keys for {PROBE_TOKENS} tokens: not to the same sequence"
-        )
+    if key.shape[2] != tokens:
+        raise Refused(f"{name} attends to {key.shape[2]} keys for {tokens} tokens: not to the same sequence")
     heads, kv_heads, dim, v_dim = query.shape[1], key.shape[1], key.shape[3], value.shape[3]
     if dim != v_dim:
         raise Refused(f"a head of K has {dim} elements and one of V {v_dim} in {name}; they must be equal")
@@ -318,9 +326,9 @@ def _ends(seen: torch.Tensor) -> list[int]:
     return [int(found[0]), int(found[-1])] if whole else []
 
 
-def _parameters(model: Any, recorder: _Recorder) -> list[ProbedParameter]:
+def _parameters(model: Any, calls: list[AttentionCall]) -> list[ProbedParameter]:
     """Every parameter, by the part of the model that its place or its name tells."""
-    attention = tuple(f".{call.module}." for call in recorder.calls)
+    attention = tuple(f".{call.module}." for call in calls)
     inside, outside = model.get_input_embeddings(), model.get_output_embeddings()
     places: dict[int, str] = {}
     for module, place in ((outside, "head"), (inside, "embedding")):
