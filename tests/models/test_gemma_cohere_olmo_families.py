@@ -332,7 +332,8 @@ def test_the_norm_of_olmo2_is_rounded_after_its_weight_as_transformers_does() ->
     theirs = Olmo2RMSNorm(64, 1e-5).bfloat16()
     theirs.weight.data.copy_(torch.rand(64, generator=generator) + 0.5)
     x = torch.randn(50, 64, generator=generator).bfloat16()
-    spec = NormSpec(kind="rms32", eps=1e-5)
+    cfg = HFConfig({**SIZES, "num_hidden_layers": 1, "rms_norm_eps": 1e-5})
+    spec = olmo2.translate(cfg, max_model_len=None).spec.final_norm
     with torch.inference_mode():
         weights = {"n.weight": Dense(theirs.weight.data)}
         assert torch.equal(build_norm(spec, weights, "n")(x), theirs(x))
