@@ -65,7 +65,7 @@ def test_a_hook_that_nobody_implements_has_no_records_and_one_that_is_nowhere_is
     assert PluginRegistry(plugins=[offers()], entry_points=False, strict=True).records(HOOK) == []
     with pytest.raises(PluginError, match="kvpage_server_routes is no hook"):
         PluginRegistry(entry_points=False).records(HOOK)
-    with pytest.raises(PluginError, match="did you mean kvpage_models?"):
+    with pytest.raises(PluginError, match=r"did you mean kvpage_models\?"):
         PluginRegistry(entry_points=False).records("kvpage_model")
 
 

@@ -274,6 +274,9 @@ class Collection:
 
 
 def _records(hook: str, kind: type[Record], answer: object) -> list[Record]:
+    if inspect.iscoroutine(answer):
+        answer.close()
+        raise PluginError(f"{hook} is an async function: it must return a list of {kind.__name__}")
     if isinstance(answer, str) or not isinstance(answer, Iterable):
         raise PluginError(f"{hook} returned {answer!r:.80}: it must return a list of {kind.__name__}")
     records = []

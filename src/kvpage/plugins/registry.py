@@ -26,7 +26,6 @@ from kvpage.errors import CheckpointError, PluginError
 from kvpage.plugins.collecting import HOOKS, SELECT, Collection
 from kvpage.plugins.discovery import (
     BROKEN,
-    BUILTIN,
     Found,
     PluginStatus,
     ResolvedPlugin,
@@ -92,8 +91,8 @@ class PluginRegistry:
         self._collection = Collection(found)
         self._statuses = [entry.status for entry in found]
         for entry in found:
-            # Without the builtin plugin no engine could be made.
-            if entry.error is not None and (strict or entry.status.name == BUILTIN):
+            # The first is the builtin plugin, without which no engine could be made.
+            if entry.error is not None and (strict or entry is found[0]):
                 status = entry.status
                 raise PluginError(
                     f"plugin {status.name!r} ({status.origin}): {status.reason}"
@@ -105,7 +104,7 @@ class PluginRegistry:
         Raises:
             PluginError: an active plugin is an object of this process and no module that another can import.
         """
-        active = [s for s in self._statuses if s.status == "active" and s.name != BUILTIN]
+        active = [status for status in self._statuses[1:] if status.status == "active"]
         for status in active:
             if not status.value:
                 raise PluginError(
