@@ -76,14 +76,15 @@ def check_writes(property: str, rig: Rig, rows: Sequence[Row], options: Options 
         raise ConformanceError(
             property, _stray(rig, rows, options, written, owner, block, byte, int(stray.sum()))
         )
-    for token, slot in enumerate(given):
+    for token, slot in enumerate(rig.slots(rows)):
+        if slot < 0:
+            continue
         block = slot // rig.size + rig.margin
         missing = alone[slot].touched[block] & ~written.touched[block]
         if bool(missing.any()) or not bool(alone[slot].touched[block].any()):
             raise ConformanceError(
                 property,
-                f"write_kv left a slot out: {_token(rig, rows, token, padding=False)} belongs to "
-                f"{_place(rig, block)}, offset {slot % rig.size}; {int(missing.sum())} of its "
+                f"write_kv left a slot out: token {token} ({rig.place(rows, token)}): {int(missing.sum())} of its "
                 f"{int(alone[slot].touched[block].sum())} bytes still are what they were ({FILLINGS[0]:#x})\n"
                 f"  case: {rig.shape}",
             )
@@ -186,7 +187,12 @@ def _owner(rig: Rig, alone: dict[int, Written], block: int, byte: int) -> str:
         if slot // rig.size == inside and bool(written.touched[block, byte]):
             sequence, position = _position(rig, slot)
             return f", offset {slot % rig.size} (block {position // rig.size} of sequence {sequence})"
-    return " (nobody's)" if inside in rig.unowned else ""
+    # Every block is laid out alike: the byte's offset is that of the same byte in a block that was tried.
+    tried = [
+        s % rig.size for s, written in alone.items() if written.touched[s // rig.size + rig.margin, byte]
+    ]
+    offset = f", offset {tried[0]}" if tried else ""
+    return offset + (" (nobody's)" if inside in rig.unowned else "")
 
 
 def _carrier(
@@ -212,18 +218,5 @@ def _source(rig: Rig, rows: Sequence[Row], options: Options, value: float) -> st
         "; padding carries this value" if value == float(torch.tensor(PADDING).to(rig.k[0][0].dtype)) else ""
     )
     return (
-        f"that is {name} of {_token(rig, rows, token, padding=True)}, head {head}, element {element}{padding}"
+        f"that is {name} of token {token} ({rig.place(rows, token)}), head {head}, element {element}{padding}"
     )
-
-
-def _token(rig: Rig, rows: Sequence[Row], token: int, *, padding: bool) -> str:
-    """A token of the step by its number, counted with or without padding."""
-    left = token
-    for index, row in enumerate(rows):
-        if row.sequence is None and not padding:
-            continue
-        if left < row.count:
-            where = "padding" if row.sequence is None else f"position {row.first + left}"
-            return f"token {token} (row {index}, {where})"
-        left -= row.count
-    return f"token {token} (padding after the last row)"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -12,8 +12,9 @@ from kvpage.testing.attention_rig import GUARD, Rig, Row, Step
 from kvpage.testing.suite import ConformanceError
 
 NOT_FINITE = (
-    "unused slots: the cache was full of NaN where nobody wrote; a slot beyond the row's length, behind its "
-    "window or in a block that it does not own took part (0 * NaN is NaN)"
+    "unused slots: not all values are finite. NaN stands in every slot that nobody wrote (beyond a row's length, "
+    "behind its window, in blocks that it does not own), in padding tokens and between strided inputs; one of "
+    "them took part (0 * NaN is NaN), unless the arithmetic overflowed"
 )
 
 
@@ -82,11 +83,16 @@ def _wrong_output(
         f"element {element}: got {is_:.7g}, expected {should:.7g} "
         f"(may differ by {tolerance[0] + tolerance[1] * abs(should):.2g})",
         f"case: {rig.shape}; {describe(step.layers[index])}" + (f"; layer {index}" if index else ""),
-        f"row: {row.count} queries after {row.first} cached tokens, blocks {rig.row_data(row, index).blocks}",
+        f"row: {row.count} queries after {row.first} cached tokens, blocks {_shortened(rig.row_data(row, index).blocks)}",
         f"wrong: {sum(int(item[-1].sum()) for item in compared)} of {sum(item[2].numel() for item in compared)} "
         f"elements, in rows {', '.join(map(str, bad))} of {len(step.rows)}",
     ]
     return "\n  ".join([*lines, *([f"looks like: {likely}"] if likely else [])])
+
+
+def _shortened(blocks: Sequence[int]) -> str:
+    shown = ", ".join(map(str, blocks[:12]))
+    return f"[{shown}]" if len(blocks) <= 12 else f"[{shown}, ... {len(blocks)} of them]"
 
 
 def _those_wrong(rig: Rig, compared: Compared, index: int) -> list[tuple[RowData, torch.Tensor]]:
@@ -102,7 +108,7 @@ def _check_guards(property: str, rig: Rig, step: Step, index: int) -> None:
         token = -1 if side == 0 else step.batch.num_tokens
         raise ConformanceError(
             property,
-            f"padding: attend wrote outside of out: token {token} of {step.batch.num_tokens}, head {head}, element "
+            f"padding tokens: attend wrote outside of out: token {token} of {step.batch.num_tokens}, head {head}, element "
             f"{element} became {float(guard[side, head, element]):.7g}, was {GUARD}\n  case: {rig.shape}",
         )
 
@@ -113,8 +119,11 @@ def check_tensor(
     got: torch.Tensor,
     wanted: torch.Tensor,
     tolerance: tuple[float, float] | None = None,
+    where: Callable[[int], str] | None = None,
 ) -> None:
     """got equals wanted: to the bit, NaN and all, or within (absolute, relative) where a tolerance is given.
+
+    ``where`` tells of a token's number which row it is in.
 
     Raises:
         ConformanceError: with the first place that differs; of q, k and v that is (token, head, element).
@@ -135,9 +144,10 @@ def check_tensor(
         return
     place = tuple(int(i) for i in places[0])
     named = zip(("token", "head", "element"), place, strict=False) if len(place) == 3 else [("index", place)]
+    beside = f" ({where(place[0])})" if where is not None and len(place) == 3 else ""
     raise ConformanceError(
         property,
-        f"{name} is wrong first at {', '.join(f'{axis} {at}' for axis, at in named)}: got {got[place].item():.9g}, "
+        f"{name} is wrong first at {', '.join(f'{axis} {at}' for axis, at in named)}{beside}: got {got[place].item():.9g}, "
         f"expected {wanted[place].item():.9g}{' to the bit' if tolerance is None else ''}; "
         f"{len(places)} of {got.numel()} elements differ",
     )

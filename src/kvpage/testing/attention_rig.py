@@ -164,6 +164,22 @@ class Rig:
         block: int = self.tables[sequence][position // self.size]
         return block * self.size + position % self.size
 
+    def place(self, rows: Sequence[Row], token: int) -> str:
+        """Where a token of a step is: row, position, block."""
+        left = token
+        for index, row in enumerate(rows):
+            if left < row.count:
+                if row.sequence is None:
+                    return f"row {index}, padding"
+                position = row.first + left
+                slot = self.slot(row.sequence, position)
+                return (
+                    f"row {index}, position {position}, block {position // self.size}, pool block "
+                    f"{slot // self.size}, offset {slot % self.size}"
+                )
+            left -= row.count
+        return "padding after the last row"
+
     def slots(self, rows: Sequence[Row]) -> list[int]:
         """Of each token of the rows, -1 for padding."""
         return [

@@ -100,8 +100,14 @@ def _rope_write(
     for letter, mine, wanted in zip("qk", turned, exact, strict=True):
         # Half a unit in the last place of the result, and what float32 loses before that.
         near = (4e-6 if mine.dtype == torch.float32 else 2e-5, 0.51 * torch.finfo(mine.dtype).eps + 1e-6)
+        allowed = None if rope is None else near
         check_tensor(
-            f"rope_write ({name})", f"rotated {letter}", mine, wanted, None if rope is None else near
+            f"rope_write ({name})",
+            f"rotated {letter}",
+            mine,
+            wanted,
+            allowed,
+            lambda token: rig.place(rows, token),
         )
     return turned[0]
 

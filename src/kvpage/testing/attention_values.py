@@ -192,7 +192,7 @@ class AttentionValues(AttentionSubject):
         for index, row in enumerate(rows):
             alone = _by_row(rig, [row], rig.layer())[row]
             for got, how in ((alone, "alone"), (reordered[row], "in another order")):
-                _same_bits(together[row], got, index, row, f"batch invariance: the row {how} differs", rig)
+                _same_bits(together[row], got, index, row, f"the row {how} differs", rig)
 
     def _enlarge(self, rig: Rig, sequence: int, sign: float) -> None:
         """q . k / D becomes sign * 128, or sign * 127 for every other key: exact in every dtype."""
