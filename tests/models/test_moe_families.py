@@ -12,7 +12,7 @@ import torch
 from dense_context import all_logits, decoder_from
 from test_family_parity import BASE, YARN, make_model, oracle_logits, prompt
 
-from kvpage.api.model import DecoderEnv, MLPSpec, ModelDefinition, MoESpec
+from kvpage.api.model import DecoderEnv, ExpertGroups, MLPSpec, ModelDefinition, MoESpec
 from kvpage.api.parameters import parameters
 from kvpage.api.quant import Dense
 from kvpage.errors import CheckpointError
@@ -217,10 +217,19 @@ def test_dummy_weights_have_the_shapes_of_the_spec(name: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_half_precision_is_close_to_transformers_own(tmp_path: Path, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("mixtral", {"num_experts_per_tok": 5}),
+        ("qwen2-moe", {"num_experts_per_tok": 6}),
+        ("deepseek-v3", {"num_experts_per_tok": 8, "topk_group": 4}),
+    ],
+)
+def test_half_precision_is_close_to_transformers_own(
+    tmp_path: Path, name: str, values: dict[str, Any], dtype: torch.dtype
+) -> None:
     # Every expert is used: no token may be routed elsewhere by a rounding, which would drown all else.
-    values = {"num_experts_per_tok": 6, "moe_intermediate_size": 24, "initializer_range": 0.05}
-    model, translate = make_moe("qwen2-moe", **values)
+    model, translate = make_moe(name, moe_intermediate_size=24, initializer_range=0.05, **values)
     model.save_pretrained(tmp_path)
     exact = oracle_logits(model, prompt(40))
     definition = translate(HFConfig.from_folder(tmp_path), max_model_len=None)
@@ -229,21 +238,27 @@ def test_half_precision_is_close_to_transformers_own(tmp_path: Path, dtype: torc
     assert ours <= 1.25 * theirs
 
 
-@pytest.mark.parametrize("top_k", [1, 2, 5, 8, 13])
-@pytest.mark.parametrize("renormalise", [True, False])
+ROUTINGS: list[dict[str, Any]] = [
+    {"renormalise": True},
+    {"renormalise": False, "groups": ExpertGroups(count=3, chosen=2, score="best"), "scale": 1.5},
+    {"score": "sigmoid", "correction": True, "groups": ExpertGroups(count=5, chosen=4, score="best_two")},
+]
+
+
+@pytest.mark.parametrize("top_k", [1, 2, 5, 8, 10])
+@pytest.mark.parametrize("routing", ROUTINGS)
 @torch.inference_mode()
-def test_a_row_alone_gives_what_it_gives_in_a_batch(top_k: int, renormalise: bool) -> None:
+def test_a_row_alone_gives_what_it_gives_in_a_batch(top_k: int, routing: dict[str, Any]) -> None:
     mlp = MLPSpec(intermediate_size=40, activation="silu")
-    spec = MoESpec(
-        expert=mlp, num_experts=13, top_k=top_k, renormalise=renormalise, shared=mlp, shared_gate=True
-    )
+    spec = MoESpec(expert=mlp, num_experts=15, top_k=top_k, shared=mlp, shared_gate=True, **routing)
     generator = torch.Generator().manual_seed(top_k)
 
     def random(*shape: int) -> Dense:
         return Dense(torch.randn(shape, generator=generator) * 0.3)
 
-    weights = {"moe.router.weight": random(13, 48), "moe.shared_gate.weight": random(1, 48)}
-    for owner in ("shared", *(f"experts.{expert}" for expert in range(13))):
+    weights = {"moe.router.weight": random(15, 48), "moe.shared_gate.weight": random(1, 48)}
+    weights["moe.router.correction"] = random(15)
+    for owner in ("shared", *(f"experts.{expert}" for expert in range(15))):
         gate_and_up = random(80, 48).tensor
         weights[f"moe.{owner}.gate.weight"] = Dense(gate_and_up[:40])
         weights[f"moe.{owner}.up.weight"] = Dense(gate_and_up[40:])

@@ -4,8 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Literal
 
-from kvpage.api.model import DecoderSpec, MLPSpec, ModelDefinition, MoESpec, WeightMap, WeightRef
+from kvpage.api.model import (
+    DecoderSpec,
+    ExpertGroups,
+    MLPSpec,
+    ModelDefinition,
+    MoESpec,
+    WeightMap,
+    WeightRef,
+)
 from kvpage.errors import CheckpointError
 from kvpage.models.hf_config import HFConfig
 from kvpage.models.translation import HF_NAMES, read_activation, weight_map
@@ -41,6 +50,24 @@ def read_moe(
         shared=shared,
         shared_gate=shared is not None,
     )
+
+
+def read_groups(cfg: HFConfig, *, score: Literal["best", "best_two"]) -> ExpertGroups:
+    """``n_group`` and ``topk_group``.
+
+    Raises:
+        CheckpointError: experts do not divide into them, or those chosen have too few experts.
+    """
+    count, chosen, experts = cfg.count("n_group"), cfg.count("topk_group"), cfg.count("n_routed_experts")
+    size, top_k = experts // count, cfg.count("num_experts_per_tok")
+    least = 1 if score == "best" else 2
+    if experts % count or chosen > count or size * chosen < top_k or size < least:
+        raise CheckpointError(
+            f"{cfg.source}: n_group {count} and topk_group {chosen} do not fit n_routed_experts {experts} and "
+            f"num_experts_per_tok {top_k}; groups must be of one size, {least} at least, and those chosen must "
+            "have enough experts"
+        )
+    return ExpertGroups(count=count, chosen=chosen, score=score)
 
 
 def has_experts(cfg: HFConfig) -> tuple[bool, ...]:

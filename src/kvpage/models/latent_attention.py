@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from kvpage.api.model import AttentionSpec, DecoderEnv, Mixer
+from kvpage.errors import CheckpointError
+from kvpage.models.hf_config import HFConfig
+from kvpage.models.translation import read_rope
 
 if TYPE_CHECKING:
     from kvpage.api.quant import WeightForm
@@ -81,3 +85,51 @@ class LatentAttentionSpec:
         if self.bias:
             found[f"{name}.bias"] = (outputs,)
         return found
+
+
+def read_latent_attention(
+    cfg: HFConfig, *, interleaved: bool, max_model_len: int | None
+) -> LatentAttentionSpec:
+    """Latent attention as a config states it; the KV group of its ``attention`` is not yet set.
+
+    Raises:
+        CheckpointError: a key is missing, or there are fewer KV heads than heads.
+    """
+    heads = cfg.count("num_attention_heads")
+    if cfg.get(int, "num_key_value_heads", heads) != heads:
+        raise CheckpointError(
+            f"{cfg.source}: num_key_value_heads {cfg.get(int, 'num_key_value_heads')} must equal "
+            f"num_attention_heads {heads}: latent attention has keys for every head"
+        )
+    rope_dim, nope_dim = cfg.count("qk_rope_head_dim"), cfg.count("qk_nope_head_dim")
+    value_dim = cfg.count("v_head_dim")
+    width = max(rope_dim + nope_dim, value_dim)
+    rope = replace(read_rope(cfg, rope_dim, max_model_len=max_model_len), interleaved=interleaved)
+    return LatentAttentionSpec(
+        attention=AttentionSpec(
+            num_heads=heads,
+            num_kv_heads=heads,
+            head_dim=width,
+            v_head_dim=width,
+            scale=(rope_dim + nope_dim) ** -0.5 * _rope_scale(cfg),
+            kv_group=0,
+            kv_index=0,
+            rope=rope,
+        ),
+        rope_dim=rope_dim,
+        nope_dim=nope_dim,
+        value_dim=value_dim,
+        kv_rank=cfg.count("kv_lora_rank"),
+        q_rank=None if cfg.get(int, "q_lora_rank", None) is None else cfg.count("q_lora_rank"),
+        bias=cfg.get(bool, "attention_bias", False),
+    )
+
+
+def _rope_scale(cfg: HFConfig) -> float:
+    """What a rope that was stretched after training multiplies the scores with."""
+    values = cfg.rope_parameters()
+    share = cfg.typed(float, "mscale_all_dim", values.get("mscale_all_dim", 0.0))
+    if values["rope_type"] == "default" or not share:
+        return 1.0
+    factor = cfg.typed(float, "factor", values.get("factor"))
+    return (0.1 * share * math.log(factor) + 1.0) ** 2 if factor > 1 else 1.0

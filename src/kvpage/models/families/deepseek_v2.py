@@ -2,28 +2,20 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 
-from kvpage.api.model import (
-    AttentionSpec,
-    ExpertGroups,
-    LayerSpec,
-    MLPSpec,
-    ModelDefinition,
-    MoESpec,
-    NormSpec,
-)
+from kvpage.api.model import LayerSpec, MLPSpec, ModelDefinition, MoESpec, NormSpec
 from kvpage.errors import CheckpointError
-from kvpage.models.experts import read_moe, with_experts
+from kvpage.models.experts import read_groups, read_moe, with_experts
 from kvpage.models.hf_config import HFConfig
 from kvpage.models.latent_attention import HF_NAMES as LATENT_NAMES
-from kvpage.models.latent_attention import LatentAttentionSpec
+from kvpage.models.latent_attention import read_latent_attention
 from kvpage.models.layouts import decoder_spec
-from kvpage.models.translation import HF_NAMES, context_length, read_activation, read_rope
+from kvpage.models.translation import HF_NAMES, context_length, read_activation
 
 DEFAULTS = {
     "kv_lora_rank": 512,
+    "q_lora_rank": 1536,
     "qk_nope_head_dim": 128,
     "qk_rope_head_dim": 64,
     "v_head_dim": 128,
@@ -31,7 +23,6 @@ DEFAULTS = {
     "n_shared_experts": 2,
     "moe_intermediate_size": 1407,
 }
-DEFAULT_Q_RANK = 1536
 TOP_K_METHODS = ("greedy", "group_limited_greedy")
 
 
@@ -71,24 +62,6 @@ def read_deepseek_moe(cfg: HFConfig, *, bias: bool = False) -> MoESpec:
     return replace(moe, shared_gate=False, float32_router=True)
 
 
-def read_groups(cfg: HFConfig, *, score: str) -> ExpertGroups:
-    """``n_group`` and ``topk_group``.
-
-    Raises:
-        CheckpointError: experts do not divide into them, or those chosen have too few experts.
-    """
-    count, chosen, experts = cfg.count("n_group"), cfg.count("topk_group"), cfg.count("n_routed_experts")
-    size, top_k = experts // count, cfg.count("num_experts_per_tok")
-    least = 1 if score == "best" else 2
-    if experts % count or chosen > count or size * chosen < top_k or size < least:
-        raise CheckpointError(
-            f"{cfg.source}: n_group {count} and topk_group {chosen} do not fit n_routed_experts {experts} and "
-            f"num_experts_per_tok {top_k}; groups must be of one size, {least} at least, and those chosen must "
-            "have enough experts"
-        )
-    return ExpertGroups(count=count, chosen=chosen, score="best" if score == "best" else "best_two")
-
-
 def deepseek(
     cfg: HFConfig,
     family: str,
@@ -125,48 +98,3 @@ def deepseek(
         shared="shared_experts",
         names={**HF_NAMES, **LATENT_NAMES},
     )
-
-
-def read_latent_attention(
-    cfg: HFConfig, *, interleaved: bool, max_model_len: int | None
-) -> LatentAttentionSpec:
-    """Latent attention; ``kv_group`` and ``kv_index`` of its ``attention`` are not yet set."""
-    heads = cfg.count("num_attention_heads")
-    if cfg.get(int, "num_key_value_heads", heads) != heads:
-        raise CheckpointError(
-            f"{cfg.source}: num_key_value_heads {cfg.get(int, 'num_key_value_heads')} must equal "
-            f"num_attention_heads {heads}: latent attention has keys for every head"
-        )
-    rope_dim, nope_dim = cfg.count("qk_rope_head_dim"), cfg.count("qk_nope_head_dim")
-    value_dim = cfg.count("v_head_dim")
-    width = max(rope_dim + nope_dim, value_dim)
-    absent = "q_lora_rank" in cfg and cfg.get(int, "q_lora_rank", None) is None
-    rope = replace(read_rope(cfg, rope_dim, max_model_len=max_model_len), interleaved=interleaved)
-    return LatentAttentionSpec(
-        attention=AttentionSpec(
-            num_heads=heads,
-            num_kv_heads=heads,
-            head_dim=width,
-            v_head_dim=width,
-            scale=(rope_dim + nope_dim) ** -0.5 * _rope_scale(cfg),
-            kv_group=0,
-            kv_index=0,
-            rope=rope,
-        ),
-        rope_dim=rope_dim,
-        nope_dim=nope_dim,
-        value_dim=value_dim,
-        kv_rank=cfg.count("kv_lora_rank"),
-        q_rank=None if absent else cfg.count("q_lora_rank", DEFAULT_Q_RANK),
-        bias=cfg.get(bool, "attention_bias", False),
-    )
-
-
-def _rope_scale(cfg: HFConfig) -> float:
-    """What a rope that was stretched after training multiplies the scores with."""
-    values = cfg.rope_parameters()
-    share = cfg.typed(float, "mscale_all_dim", values.get("mscale_all_dim", 0.0))
-    if values["rope_type"] == "default" or not share:
-        return 1.0
-    factor = cfg.typed(float, "factor", values.get("factor"))
-    return (0.1 * share * math.log(factor) + 1.0) ** 2 if factor > 1 else 1.0

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 
 from kvpage.api.model import ModelDefinition
+from kvpage.models.experts import read_groups
 from kvpage.models.families.deepseek_v2 import DEFAULTS as V2_DEFAULTS
-from kvpage.models.families.deepseek_v2 import deepseek, read_deepseek_moe, read_groups
+from kvpage.models.families.deepseek_v2 import deepseek, read_deepseek_moe
 from kvpage.models.hf_config import HFConfig
 
 DEFAULTS = {
