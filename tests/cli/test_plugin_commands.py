@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
+from installed_plugins import forget, install, policy_plugin
 from kvpage.api.attention import AttentionBatch, AttentionLayer
 from kvpage.builtin.reference_attention import ReferenceAttention
 from kvpage.cli.bench import percentile
@@ -22,7 +25,7 @@ def test_list_names_plugins_and_what_they_register(capsys: pytest.CaptureFixture
     assert "attention backend" in out
     assert main(["plugins", "list", "--json"]) == 0
     builtin = json.loads(capsys.readouterr().out)[0]
-    assert {"kind": "model", "name": "llama"}.items() <= builtin["records"][1].items()
+    assert ("model", "llama") in {(record["kind"], record["name"]) for record in builtin["records"]}
 
 
 def test_explain_says_which_backend_and_why(checkpoint: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -30,7 +33,129 @@ def test_explain_says_which_backend_and_why(checkpoint: str, capsys: pytest.Capt
     out = capsys.readouterr().out
     assert "head dim 8" in out
     assert "bfloat16" in out
-    assert "reference: chosen" in out
+    assert "attention backend:\n  reference: chosen, by priority (priority -100)" in out
+    assert "decoder backend:\n  torch: chosen, by priority (priority -100)" in out
+    assert "checkpoint reader:\n  safetensors: chosen" in out
+    assert "quantization scheme:\n  none: the checkpoint is plain" in out
+    assert "linear kernel:\n  torch: chosen, the first that supports plain weights" in out
+    assert main(["plugins", "explain", checkpoint, "--json", "-q", "int8"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["need"]["head_dims"] == [8]
+    chosen = {choice["kind"]: choice["chosen"] for choice in facts["choices"]}
+    assert chosen == {
+        "attention backend": "reference", "decoder backend": "torch", "checkpoint reader": "safetensors",
+        "quantization scheme": "int8", "linear kernel": "torch",
+    }  # fmt: skip
+
+
+BACKENDS = """
+@hookimpl
+def kvpage_attention_backends():
+    return [AttentionBackendRecord(name="fast", factory="kvpage_no_chip:Attention", priority=9, summary="on a chip",
+                                   needs=("kvpage_no_chip",), install="pip install 'kvpage-chip[driver]'"),
+            AttentionBackendRecord(name="absent", factory="kvpage_no_chip:Attention", priority=8),
+            AttentionBackendRecord(name="spare", factory="kvpage_no_chip:Attention", priority=-200)]
+@hookimpl
+def kvpage_decoder_backends():
+    return [DecoderBackendRecord(name="whole", factory="kvpage.models.decoder:TorchDecoder")]
+@hookimpl
+def kvpage_cli_commands():
+    return [CliCommandRecord(name="plan", factory="chip_plugin:shout", help="takes the place of kvpage plan"),
+            CliCommandRecord(name="chip_info", factory="chip_plugin:shout", help="about the chip"),
+            CliCommandRecord(name="chip-test", factory="chip_plugin:shout", help="of the chip", needs=("kvpage_no_chip",))]
+def shout(arguments):
+    print("LOUD", *arguments)
+    return 7
+"""
+
+
+@pytest.fixture
+def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Distributions of every standing: active, failed, without what it needs, left out."""
+    install(tmp_path, "kvpage-chip", "chip = chip_plugin", BACKENDS, version="2.5")
+    install(
+        tmp_path, "kvpage-late", "late = late_plugin", "KVPAGE_API_VERSION = '1.9'\n" + policy_plugin("late")
+    )
+    install(tmp_path, "kvpage-part", "part = kvpage_no_part [extra]", None)
+    install(tmp_path, "kvpage-out", "out = out_plugin", policy_plugin("out"))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setenv("KVPAGE_PLUGINS", "-out")
+    yield
+    forget("chip_plugin", "late_plugin", "out_plugin")
+
+
+@pytest.mark.usefixtures("installed")
+def test_list_tells_of_every_plugin_where_it_is_from_and_why_it_is_not_used(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main(["plugins", "list"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "chip (kvpage-chip 2.5): active" in lines
+    late = "late needs kvpage api 1.9, this is 1.0: pip install -U kvpage"
+    assert f"late (kvpage-late 1.0, kvpage api 1.9): failed: {late}" in lines
+    assert "part (kvpage-part 1.0): unavailable: needs pip install 'kvpage-part[extra]'" in lines
+    assert "out (kvpage-out 1.0): disabled: left out by KVPAGE_PLUGINS: -out" in lines
+    fast = next(i for i, line in enumerate(lines) if line.split()[:3] == ["attention", "backend", "fast"])
+    assert lines[fast].endswith("priority 9: on a chip")
+    assert lines[fast + 1].strip() == "needs pip install 'kvpage-chip[driver]'"
+    assert main(["plugins", "list", "--json"]) == 0
+    found = {plugin["name"]: plugin for plugin in json.loads(capsys.readouterr().out)}
+    assert (found["late"]["status"], found["late"]["api_version"], found["late"]["records"]) == (
+        "failed",
+        "1.9",
+        [],
+    )
+    assert found["chip"]["records"][0]["unavailable"] == "needs pip install 'kvpage-chip[driver]'"
+
+
+@pytest.mark.usefixtures("installed")
+def test_explain_has_a_reason_for_each_one_that_is_not_taken(
+    checkpoint: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["plugins", "explain", checkpoint, "--json"]) == 0
+    choices = {choice["kind"]: choice for choice in json.loads(capsys.readouterr().out)["choices"]}
+    attention = dict(choices["attention backend"]["others"])
+    assert attention["fast"] == "fast needs pip install 'kvpage-chip[driver]'"
+    assert "kvpage_no_chip:Attention cannot be imported" in attention["absent"]
+    assert attention["spare"] == "reference was found first"
+    assert choices["decoder backend"]["chosen"] == "whole"
+    assert dict(choices["decoder backend"]["others"]) == {"torch": "it follows if whole declines the weights"}
+
+
+@pytest.mark.usefixtures("installed")
+@pytest.mark.parametrize(
+    ("name", "status", "says"),
+    [
+        ("late", 1, "late needs kvpage api 1.9"),
+        ("part", 1, "needs pip install 'kvpage-part[extra]'"),
+        ("out", 1, "left out by KVPAGE_PLUGINS"),
+        ("absent", 1, "absent: cannot be loaded"),
+        ("chip", 1, "fast: cannot be loaded: fast needs pip install"),
+    ],
+)
+def test_check_says_no_to_what_cannot_be_used(
+    name: str, status: int, says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["plugins", "check", name]) == status
+    assert says in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("installed")
+def test_a_command_of_a_plugin_cannot_take_the_place_of_kvpage_s_own(
+    llama_2_70b: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["plan", llama_2_70b, "--gpu", "80GB"]) != 7
+    assert "LOUD" not in capsys.readouterr().out
+    assert main(["--help"]) == 0
+    shown = capsys.readouterr()
+    assert "takes the place" not in shown.out
+    assert "the command 'plan' of a plugin is left out" in shown.err
+    assert "about the chip" in shown.out
+    for name in ("chip_info", "chip-info"):
+        assert main([name, "x"]) == 7
+        assert capsys.readouterr().out == "LOUD x\n"
+    assert main(["chip-test"]) == 2
+    assert "chip-test needs kvpage_no_chip, which is not installed" in capsys.readouterr().err
 
 
 def test_explain_says_what_the_named_backend_lacks(

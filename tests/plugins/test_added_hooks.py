@@ -6,8 +6,8 @@ import sys
 from dataclasses import dataclass
 
 import pytest
-from installed import module, policy_plugin
 
+from installed_plugins import module, policy_plugin
 from kvpage import PluginError, PluginRegistry
 from kvpage.api.records import Record
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from installed import module, policy_plugin
 
+from installed_plugins import module, policy_plugin
 from kvpage import PluginError, PluginRegistry
 from kvpage.api import API_VERSION
 from kvpage.api.records import AttentionBackendRecord, CheckpointReaderRecord, ModelRecord

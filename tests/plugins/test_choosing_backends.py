@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 from backends_of_plugins import NEED, Kernel, Model, OverSmallHeads
-from installed import module
 
+from installed_plugins import module
 from kvpage import ConfigError, PluginError, PluginRegistry, hookimpl
 from kvpage.api.model import DecoderEnv
 from kvpage.api.records import (

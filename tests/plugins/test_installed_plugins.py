@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from installed import forget, install, policy_plugin
 
 import kvpage
+from installed_plugins import forget, install, policy_plugin
 from kvpage import PluginError, PluginRegistry
 from kvpage.plugins import PluginStatus
 

@@ -11,9 +11,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from installed import forget, install, module, policy_plugin
 
 import kvpage
+from installed_plugins import forget, install, module, policy_plugin
 from kvpage import PluginError, PluginRegistry
 from kvpage.plugins import ResolvedPlugins
 
