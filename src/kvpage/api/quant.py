@@ -91,6 +91,12 @@ class LinearSpec:
     in_features: int
     out_features: int
 
+    @property
+    def cut(self) -> Literal["outputs", "inputs"]:
+        """What tensor parallelism divides among the ranks: the inputs of what projects back to the hidden size
+        (attention's out, an MLP's down), else the outputs. ``TensorSpec.shard_dim`` is the dimension of that."""
+        return "inputs" if self.parameters[0].endswith((".out.weight", ".down.weight")) else "outputs"
+
 
 class WeightForm(ABC):
     """How a weight [out, in] is held in memory: dense, or one of the quantized forms."""

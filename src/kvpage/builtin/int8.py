@@ -39,7 +39,8 @@ class Int8PerChannel(QuantScheme):
         if any(_stays_plain(name) for name in linear.parameters):
             return {}
         shape = (linear.out_features, linear.in_features)
-        return {"weight": TensorSpec(shape=shape, dtype="float32", shard_dim=0)}
+        cut = 0 if linear.cut == "outputs" else 1
+        return {"weight": TensorSpec(shape=shape, dtype="float32", shard_dim=cut)}
 
     def to_form(self, linear: LinearSpec, tensors: Mapping[str, torch.Tensor]) -> WeightForm:
         weight = tensors["weight"]
