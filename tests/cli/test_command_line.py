@@ -12,8 +12,8 @@ import pytest
 import kvpage
 from kvpage.api.records import CliCommandRecord
 from kvpage.cli.main import COMMANDS, main
-from kvpage.cli.parser import UsageError
 from kvpage.errors import KvpageError
+from kvpage.flags.parser import UsageError
 
 
 def greet(arguments: Sequence[str]) -> int:

@@ -7,7 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from kvpage.cli.engine_flags import (
+from kvpage.cli.flag_names import with_flags
+from kvpage.config import EngineOptions
+from kvpage.errors import RequestError
+from kvpage.flags.engine import (
     NOT_ENGINE_FLAGS,
     NOT_SAMPLING_FLAGS,
     add_engine_flags,
@@ -17,11 +20,8 @@ from kvpage.cli.engine_flags import (
     engine_options,
     sampling_params,
 )
-from kvpage.cli.flag_names import with_flags
-from kvpage.cli.flags import field_help
-from kvpage.cli.parser import CommandParser, UsageError, human_integer
-from kvpage.config import EngineOptions
-from kvpage.errors import RequestError
+from kvpage.flags.fields import field_help
+from kvpage.flags.parser import CommandParser, UsageError, human_integer
 from kvpage.params import SamplingParams
 
 

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from kvpage import Engine, KvpageError
-from kvpage.cli.engine_flags import add_engine_flags, engine_options
 from kvpage.cli.main import main
-from kvpage.cli.parser import CommandParser
+from kvpage.flags.engine import add_engine_flags, engine_options
+from kvpage.flags.parser import CommandParser
 
 
 def plan(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, dict[str, Any]]:

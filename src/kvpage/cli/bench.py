@@ -11,12 +11,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from kvpage.cli.collect_env import environment
-from kvpage.cli.engine_flags import add_engine_flags, add_model_argument, chosen_model, engine_options
 from kvpage.cli.main import OK
-from kvpage.cli.parser import CommandParser, UsageError, check_at_least, human_integer
 from kvpage.cli.session import Stopwatch, check_output, open_engine, write_file
 from kvpage.cli.signals import undivided
 from kvpage.cli.workload import has_tokenizer, random_prompts, vocabulary_size
+from kvpage.flags.engine import add_engine_flags, add_model_argument, chosen_model, engine_options
+from kvpage.flags.parser import CommandParser, UsageError, check_at_least, human_integer
 from kvpage.outputs import RequestOutput
 from kvpage.params import SamplingParams
 

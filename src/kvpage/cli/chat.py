@@ -8,12 +8,12 @@ from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
-from kvpage.cli.engine_flags import add_engine_flags, add_model_argument, add_sampling_flags, sampling_params
 from kvpage.cli.main import ERROR, NO, OK
-from kvpage.cli.parser import CommandParser, UsageError
 from kvpage.cli.session import Stopwatch, chat_prompt, follow, open_engine, speed_note
 from kvpage.cli.signals import interruptible
 from kvpage.errors import EngineDeadError, RequestError
+from kvpage.flags.engine import add_engine_flags, add_model_argument, add_sampling_flags, sampling_params
+from kvpage.flags.parser import CommandParser, UsageError
 from kvpage.params import SamplingParams
 
 if TYPE_CHECKING:

@@ -12,8 +12,8 @@ from typing import Any
 
 import kvpage
 from kvpage.cli.main import OK
-from kvpage.cli.parser import CommandParser
 from kvpage.cli.signals import undivided
+from kvpage.flags.parser import CommandParser
 from kvpage.inspect.machine import available_memory, nvidia_gpus, total_memory
 from kvpage.plugins import PluginRegistry
 

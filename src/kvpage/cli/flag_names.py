@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from dataclasses import fields
 
-from kvpage.cli.engine_flags import NOT_ENGINE_FLAGS, NOT_SAMPLING_FLAGS
 from kvpage.config import EngineOptions
+from kvpage.flags.engine import NOT_ENGINE_FLAGS, NOT_SAMPLING_FLAGS
 from kvpage.params import SamplingParams
 
 VALUE = r"""=('[^']*'|"[^"]*"|[^\s,;:)]+)"""

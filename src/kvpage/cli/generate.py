@@ -8,12 +8,12 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from kvpage.cli.engine_flags import add_engine_flags, add_sampling_flags, sampling_params
 from kvpage.cli.main import OK
-from kvpage.cli.parser import CommandParser
 from kvpage.cli.session import Stopwatch, chat_prompt, follow, has_chat_template, open_engine, speed_note
 from kvpage.cli.signals import interruptible
 from kvpage.errors import RequestError
+from kvpage.flags.engine import add_engine_flags, add_sampling_flags, sampling_params
+from kvpage.flags.parser import CommandParser
 from kvpage.outputs import Logprob, PositionLogprobs, RequestOutput
 
 if TYPE_CHECKING:

@@ -6,12 +6,12 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict
 
-from kvpage.cli.engine_flags import add_engine_flags, add_model_argument
 from kvpage.cli.main import OK
-from kvpage.cli.parser import CommandParser, check_at_least, human_integer
 from kvpage.cli.session import check_output, counted, open_engine, write_file
 from kvpage.cli.signals import interruptible
 from kvpage.cli.workload import random_prompts, vocabulary_size
+from kvpage.flags.engine import add_engine_flags, add_model_argument
+from kvpage.flags.parser import CommandParser, check_at_least, human_integer
 from kvpage.params import SamplingParams
 
 DESCRIPTION = """\

@@ -6,11 +6,11 @@ import argparse
 import json
 from collections.abc import Sequence
 
-from kvpage.cli.engine_flags import add_engine_flags, add_model_argument, chosen_model, engine_options
 from kvpage.cli.main import NO, OK
-from kvpage.cli.parser import CommandParser
 from kvpage.config import EngineOptions, parse_size
 from kvpage.errors import ConfigError
+from kvpage.flags.engine import add_engine_flags, add_model_argument, chosen_model, engine_options
+from kvpage.flags.parser import CommandParser
 from kvpage.inspect.checkpoint import planned_model
 from kvpage.inspect.machine import available_memory, nvidia_gpus
 from kvpage.inspect.plan import Devices, plan_memory

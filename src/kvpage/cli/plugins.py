@@ -17,10 +17,10 @@ from kvpage.api.records import (
     Record,
 )
 from kvpage.cli.main import NO, OK
-from kvpage.cli.parser import CommandParser, UsageError
 from kvpage.cli.plugins_explain import EXPLAIN, explain
 from kvpage.cli.signals import undivided
 from kvpage.errors import PluginError
+from kvpage.flags.parser import CommandParser, UsageError
 from kvpage.plugins import PluginRegistry, PluginStatus
 from kvpage.plugins.collecting import HOOKS
 from kvpage.plugins.selection import load_class, unavailable

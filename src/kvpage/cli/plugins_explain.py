@@ -8,11 +8,11 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from kvpage.api.records import Record
-from kvpage.cli.engine_flags import add_engine_flags, add_model_argument, chosen_model, engine_options
 from kvpage.cli.main import OK
-from kvpage.cli.parser import CommandParser
 from kvpage.cli.signals import undivided
 from kvpage.config import EngineOptions, resolve_dtype
+from kvpage.flags.engine import add_engine_flags, add_model_argument, chosen_model, engine_options
+from kvpage.flags.parser import CommandParser
 from kvpage.plugins import PluginRegistry
 from kvpage.plugins.selection import Rejected, choose_reader, unavailable
 

@@ -10,9 +10,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kvpage.cli.engine_flags import chosen_model, engine_options, model_was_named
-from kvpage.cli.parser import UsageError
 from kvpage.cli.signals import undivided
+from kvpage.flags.engine import chosen_model, engine_options, model_was_named
+from kvpage.flags.parser import UsageError
 from kvpage.outputs import RequestOutput
 
 if TYPE_CHECKING:

@@ -6,8 +6,8 @@ import argparse
 import random
 from collections.abc import Sequence
 
-from kvpage.cli.engine_flags import chosen_model, engine_options
 from kvpage.config import EngineOptions
+from kvpage.flags.engine import chosen_model, engine_options
 from kvpage.inspect.checkpoint import planned_model
 from kvpage.loading.locate import find_folder
 from kvpage.plugins import PluginRegistry

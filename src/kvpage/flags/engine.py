@@ -7,9 +7,9 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from kvpage.cli.flags import add_flags, given
-from kvpage.cli.parser import CommandParser, UsageError
 from kvpage.config import EngineOptions
+from kvpage.flags.fields import add_flags, given
+from kvpage.flags.parser import CommandParser, UsageError
 from kvpage.params import SamplingParams
 
 ENGINE_ALIASES = {

@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import Field, fields
 from typing import Any
 
-from kvpage.cli.parser import CommandParser, human_integer
+from kvpage.flags.parser import CommandParser, human_integer
 
 Shorts = Mapping[str, tuple[str, ...]]
 """Field name -> further spellings of its flag."""
