@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from kvpage.testing.attention_canary import check_writes, written_by
+from kvpage.testing.attention_canary import PADDING, check_writes, written_by
 from kvpage.testing.attention_report import check_tensor
 from kvpage.testing.attention_rig import Options, Rig, Row, Step
 from kvpage.testing.attention_rope import ROPES, STRIDES, rope_step, rope_tables, strided
@@ -250,7 +250,7 @@ class AttentionMemory(AttentionSubject):
         rig = self.rig([2 * size, size])
         rows = [Row(0, size, size + 1), Row(None, 0, 2), Row(1, 0, size)]
         batch = rig.batch(rows, Options(trailing=1))
-        q, k, v = rig.inputs(rows, 0, 1, padding=777.0)
+        q, k, v = rig.inputs(rows, 0, 1, padding=PADDING)
         positions = torch.arange(batch.num_tokens, device=rig.device)
 
         def fused() -> None:
