@@ -223,17 +223,34 @@ class PagedModelSpec(Protocol):
     """
 
     @property
-    def family(self) -> str: ...
+    def family(self) -> str:
+        """What it is called in the log."""
+        ...
+
     @property
-    def vocab_size(self) -> int: ...
+    def vocab_size(self) -> int:
+        """Logits a position."""
+        ...
+
     @property
-    def hidden_size(self) -> int: ...
+    def hidden_size(self) -> int:
+        """Elements of a hidden state."""
+        ...
+
     @property
-    def max_position(self) -> int: ...
+    def max_position(self) -> int:
+        """Tokens of context."""
+        ...
+
     @property
-    def kv_groups(self) -> tuple[KVGroupSpec, ...]: ...
+    def kv_groups(self) -> tuple[KVGroupSpec, ...]:
+        """Which layers keep their KV together."""
+        ...
+
     @property
-    def attention(self) -> tuple[AttentionSpec, ...]: ...
+    def attention(self) -> tuple[AttentionSpec, ...]:
+        """The paged attention of each layer, in order."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
