@@ -127,7 +127,7 @@ def test_a_plugin_may_choose_among_those_that_can_serve() -> None:
     made = registry(attention("a"), attention("b"), attention("small", "SmallHeads"), others=others)
     choice = made.select_attention_backend(NEED)
     assert (choice.record.name, choice.why) == ("b", "by plugin 'choosing'")
-    assert reasons(choice) == {"a": "plugin 'choosing' chose b"}
+    assert reasons(choice) == {"small": "head dim 64 (has 32)", "a": "plugin 'choosing' chose b"}
     assert [line.partition(":")[0] for line in choice.ignored] == ["plugin 'raising'", "plugin 'unable'"]
     assert "OSError: no device" in choice.ignored[0]
     assert "'small', which is none of a, b, reference" in choice.ignored[1]

@@ -155,6 +155,9 @@ def _kernels(registry: PluginRegistry, backends: Backends, scheme: SchemeChoice 
     from kvpage.plugins.selection import choose_kernels
 
     records = registry.linear_kernels()
+    if backends.decoder is None:
+        why = "the model is computed by transformers' own code"
+        return Explained("linear kernel", "", why, _others(records, "", (), why))
     _, rejected = choose_kernels(records)
     lost = {name for name, _ in rejected}
     where = LinearEnv(device=torch.device(backends.env.device).type, dtype=backends.env.dtype)

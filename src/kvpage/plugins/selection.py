@@ -8,7 +8,7 @@ import importlib.machinery
 import importlib.util
 import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -278,19 +278,18 @@ def choose_attention(
         raise ConfigError(f"no attention backend can serve this engine: {lines}")
     assert opinion is not None
     answer, plugin, ignored = opinion(need, tuple(choice.record.name for choice in fit))
-    return _preferred(fit, answer, plugin, tuple(ignored))
+    choice = _preferred(fit, answer, plugin)
+    return replace(choice, rejected=tuple(rejected) + choice.rejected, ignored=tuple(ignored))
 
 
-def _preferred(
-    fit: Sequence[BackendChoice], answer: str | None, plugin: str, ignored: tuple[str, ...]
-) -> BackendChoice:
-    taken = next((choice for choice in fit if choice.record.name == answer), fit[0])
-    passed = tuple(
-        (choice.record.name, (f"plugin {plugin!r} chose {taken.record.name}",))
-        for choice in fit[: fit.index(taken)]
-    )
-    why = taken.why if answer is None else f"by plugin {plugin!r}"
-    return BackendChoice(taken.record, taken.backend, taken.block_size, taken.rejected + passed, why, ignored)
+def _preferred(fit: Sequence[BackendChoice], answer: str | None, plugin: str) -> BackendChoice:
+    """The one that ``plugin`` answered, else the first; ``rejected`` has those that it passed over."""
+    if answer is None:
+        return replace(fit[0], rejected=())
+    taken = next(choice for choice in fit if choice.record.name == answer)
+    reason = (f"plugin {plugin!r} chose {answer}",)
+    passed = tuple((choice.record.name, reason) for choice in fit[: fit.index(taken)])
+    return replace(taken, rejected=passed, why=f"by plugin {plugin!r}")
 
 
 def choose_decoder(
