@@ -209,6 +209,10 @@ OLD: dict[str, tuple[str, dict[str, Any]]] = {
     "olmo3": ("Olmo3", {"rope_theta": 5e5, "rope_scaling": {**YARN, "attention_factor": 1.2}}),
     "granite": ("Granite", {"rope_theta": 5e6, "rope_scaling": {"type": "linear", "factor": 2.0}}),
     "smollm3": ("SmolLM3", {"rope_theta": 5e6, "no_rope_layers": [1, 1, 0, 1, 1, 1, 0]}),
+    "smollm3, windows where there is no rope": (
+        "SmolLM3",
+        {"use_sliding_window": True, "sliding_window": 64, "no_rope_layer_interval": 3},
+    ),
 } | {f"{kind}, sizes alone": (kind, {}) for kind in FAMILIES}
 
 
