@@ -24,7 +24,7 @@ if TYPE_CHECKING:
         RequestError,
     )
     from kvpage.hookspecs import hookimpl
-    from kvpage.outputs import CompletionOutput, Logprob, RequestOutput, TokenEvent
+    from kvpage.outputs import CompletionOutput, EmbeddingOutput, Logprob, RequestOutput, TokenEvent
     from kvpage.params import SamplingParams
     from kvpage.plugins import PluginRegistry
 
@@ -44,6 +44,7 @@ _NAMES = {
     "RequestError": "kvpage.errors",
     "hookimpl": "kvpage.hookspecs",
     "CompletionOutput": "kvpage.outputs",
+    "EmbeddingOutput": "kvpage.outputs",
     "Logprob": "kvpage.outputs",
     "RequestOutput": "kvpage.outputs",
     "TokenEvent": "kvpage.outputs",
@@ -59,6 +60,7 @@ __all__ = [
     "CheckpointError",
     "CompletionOutput",
     "ConfigError",
+    "EmbeddingOutput",
     "Engine",
     "EngineArgs",
     "EngineDeadError",

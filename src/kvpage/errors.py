@@ -32,6 +32,10 @@ class RequestError(KvpageError, ValueError):
         self.param = param
 
 
+class TooLongError(RequestError):
+    """The prompt, or prompt and ``max_tokens``, exceed the context or could never fit in the whole KV pool."""
+
+
 class QueueFullError(RequestError):
     """The waiting queue is at its limit (``max_num_queued_reqs`` or ``max_num_queued_tokens``); try again later."""
 

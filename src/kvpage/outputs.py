@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
@@ -56,7 +57,7 @@ class RequestMetrics:
 
     Attributes:
         arrival_time: ``time.time()`` at submission.
-        queued: submission -> first scheduled. prefill: first scheduled -> first token.
+        queued: submission -> first scheduled. prefill: first scheduled -> first token (or the embedding).
         decode: first token -> last token.
         cached_tokens: prompt tokens whose KV came from the prefix cache at first admission.
         preemptions: times a sequence of the request lost its blocks and was recomputed.
@@ -84,6 +85,30 @@ class RequestOutput:
     prompt_token_ids: Sequence[int]
     outputs: list[CompletionOutput]
     prompt_logprobs: list[PositionLogprobs | None] | None = None
+    finished: bool = False
+    metrics: RequestMetrics = field(default_factory=RequestMetrics)
+
+    @property
+    def num_cached_tokens(self) -> int:
+        """Prompt tokens that the prefix cache served."""
+        return self.metrics.cached_tokens
+
+
+@dataclass(slots=True)
+class EmbeddingOutput:
+    """The vector of one prompt.
+
+    Attributes:
+        embedding: float32 [hidden size], ``array("f")``: ``list()`` it, give it to ``numpy.frombuffer``, or its
+            bytes to ``base64.b64encode``. Empty while it is not there, which it never is after a cancel.
+        finish_reason: "stop" = the embedding is there; "abort", "error"; ``None`` while running.
+    """
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: Sequence[int]
+    embedding: array[float] = field(default_factory=lambda: array("f"))
+    finish_reason: FinishReason | None = None
     finished: bool = False
     metrics: RequestMetrics = field(default_factory=RequestMetrics)
 

@@ -1,16 +1,19 @@
-"""SamplingParams: how one request wants its tokens chosen."""
+"""What a request wants: tokens (SamplingParams), or its prompt as one vector (PoolingParams)."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Any
+from typing import Any, ClassVar, Literal, TypeAlias, get_args
 
 from kvpage.errors import RequestError
 
 MAX_SEED = 2**64 - 1
 MAX_CHOICES = 16384
+
+Pooling: TypeAlias = Literal["mean", "last"]
+"""Which hidden states make the vector of a prompt: the mean over all positions, or that of the last one."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -202,6 +205,40 @@ class SamplingParams:
                 "stop strings need text: set detokenize=True or use stop_token_ids", param="stop"
             )
 
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PoolingParams:
+    """How to make one vector of a prompt. Frozen; validated once, when made.
+
+    Attributes:
+        pooling: "mean" of the hidden states (after the final norm) of all positions, or that of the "last" one.
+        normalize: scale the vector to length 1.
+        timeout: seconds from submission; then the request ends in error, for half a prompt has no vector.
+        n, max_tokens, min_tokens, prompt_logprobs: what SamplingParams of the same request would say.
+
+    Raises:
+        RequestError: a value is out of range; ``param`` names the field.
+    """
+
+    n: ClassVar[int] = 1
+    max_tokens: ClassVar[int] = 0
+    min_tokens: ClassVar[int] = 0
+    prompt_logprobs: ClassVar[None] = None
+    pooling: Pooling = "mean"
+    normalize: bool = True
+    timeout: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.pooling not in get_args(Pooling):
+            raise RequestError(f"pooling must be 'mean' or 'last', got {self.pooling!r:.80}", param="pooling")
+        if not isinstance(self.normalize, bool):
+            raise RequestError(
+                f"normalize must be True or False, got {self.normalize!r:.80}", param="normalize"
+            )
+        _number("timeout", self.timeout, 0.0, None, open_low=True)
+
+
+Params: TypeAlias = SamplingParams | PoolingParams
 
 NEUTRAL: Mapping[str, float] = {
     "temperature": 1.0,

@@ -7,30 +7,46 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
-    from kvpage.params import SamplingParams
+    from kvpage.params import PoolingParams, SamplingParams
 
 
 class ScheduledRequest(Protocol):
-    """What a policy may read of a request.
-
-    ``arrival``: seconds on the scheduler's clock at which it was submitted; ``priority``: lower goes first where
-    the policy cares; ``cache_salt``, ``adapter``: as the request gave them.
-    """
+    """What a policy may read of a request."""
 
     @property
-    def request_id(self) -> str: ...
+    def request_id(self) -> str:
+        """Unique among the live requests."""
+        ...
+
     @property
-    def prompt_token_ids(self) -> Sequence[int]: ...
+    def prompt_token_ids(self) -> Sequence[int]:
+        """The prompt."""
+        ...
+
     @property
-    def params(self) -> SamplingParams: ...
+    def params(self) -> SamplingParams | PoolingParams:
+        """What it asks for."""
+        ...
+
     @property
-    def arrival(self) -> float: ...
+    def arrival(self) -> float:
+        """Seconds on the scheduler's clock at which it was submitted."""
+        ...
+
     @property
-    def priority(self) -> int: ...
+    def priority(self) -> int:
+        """Lower goes first, where the policy cares."""
+        ...
+
     @property
-    def cache_salt(self) -> str | None: ...
+    def cache_salt(self) -> str | None:
+        """Prefixes are shared only among requests with the same."""
+        ...
+
     @property
-    def adapter(self) -> str | None: ...
+    def adapter(self) -> str | None:
+        """Likewise."""
+        ...
 
 
 class SchedulingPolicy(ABC):

@@ -91,6 +91,20 @@ class BlockManager:
         """Blocks that the prefix index knows, held or free, over all groups."""
         return sum(group.pool.num_cached for group in self._groups)
 
+    def count_by_state(self) -> dict[str, int]:
+        """Blocks of all groups: "used" by one table, "shared" by several, "cached" = held by none but in the prefix
+        index, "free" = the rest. Looks at every block."""
+        count = {"free": 0, "used": 0, "cached": 0, "shared": 0}
+        for group in self._groups:
+            pool = group.pool
+            cached = [pool.references[block] for block in pool.index.values()].count(0)
+            used = pool.references.count(1)
+            count["cached"] += cached
+            count["free"] += pool.num_free - cached
+            count["used"] += used
+            count["shared"] += pool.num_used - used
+        return count
+
     @property
     def num_holders(self) -> int:
         """Sequences that hold blocks."""

@@ -7,17 +7,18 @@ import time
 import weakref
 from collections.abc import AsyncIterator, Generator, Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from kvpage.config import EngineOptions
 from kvpage.engine.build import build_engine
 from kvpage.engine.inputs import Message, Prompt
-from kvpage.engine.request import RequestState
+from kvpage.engine.request import GenerationState, OutputT, RequestState
 from kvpage.engine.stats import EngineStats
 from kvpage.engine.thread import CoreThread, Loop
 from kvpage.errors import EngineDeadError
-from kvpage.outputs import RequestOutput, TokenEvent
-from kvpage.params import SamplingParams
+from kvpage.metrics import MetricsSnapshot
+from kvpage.outputs import EmbeddingOutput, RequestOutput, TokenEvent
+from kvpage.params import Pooling, SamplingParams
 from kvpage.plugins import PluginRegistry
 from kvpage.text.tokenizer import Tokenizer
 
@@ -25,15 +26,17 @@ if TYPE_CHECKING:
     from kvpage.inspect.snapshot import BlockMap
 
 
-class AsyncHandle:
-    """One request of an ``AsyncEngine``: await it for the whole output, iterate it for TokenEvents.
+SelfT = TypeVar("SelfT", bound="AsyncRequest[Any]")
 
-    Bound to the event loop that first awaits or iterates it. Leaving an ``async for`` early, cancelling a task
-    that awaits it, ``aclose()`` and the end of ``async with handle`` cancel the request. Events that nobody has
-    read yet are merged, so a slow reader costs no memory.
+
+class AsyncRequest(Generic[OutputT]):
+    """One request of an ``AsyncEngine``, whatever it asks for: await it for the whole output.
+
+    Bound to the event loop that first awaits it. Cancelling a task that awaits it, ``aclose()`` and the end of
+    ``async with handle`` cancel the request.
     """
 
-    def __init__(self, engine: AsyncEngine, worker: CoreThread, state: RequestState) -> None:
+    def __init__(self, engine: AsyncEngine, worker: CoreThread, state: RequestState[OutputT]) -> None:
         # As long as somebody holds a request of it, an engine is not dropped.
         self._engine, self._worker, self._state = engine, worker, state
         self.loop: Loop | None = None
@@ -49,7 +52,7 @@ class AsyncHandle:
         return self._state.done
 
     @property
-    def output(self) -> RequestOutput:
+    def output(self) -> OutputT:
         """The output so far; it grows in place."""
         return self._state.output
 
@@ -64,7 +67,7 @@ class AsyncHandle:
         while not self._state.done:
             await self._changed()
 
-    async def result(self) -> RequestOutput:
+    async def result(self) -> OutputT:
         """The whole output; after a cancel with what was generated until then.
 
         Raises:
@@ -80,36 +83,16 @@ class AsyncHandle:
             raise self._state.error
         return self._state.output
 
-    def __await__(self) -> Generator[Any, None, RequestOutput]:
+    def __await__(self) -> Generator[Any, None, OutputT]:
         return self.result().__await__()
 
-    def __aiter__(self) -> AsyncIterator[Any]:
-        return self._events()
-
-    async def __aenter__(self) -> AsyncHandle:
+    async def __aenter__(self: SelfT) -> SelfT:
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         await self.aclose()
-
-    async def _events(self) -> AsyncIterator[TokenEvent]:
-        try:
-            while True:
-                done = self._state.done
-                events = self._state.take_events()
-                for event in events:
-                    yield event
-                if done:
-                    break
-                # Whatever came while the reader was busy woke nobody, so only an empty look is followed by a wait.
-                if not events:
-                    await self._changed()
-        finally:
-            self.cancel()
-        if self._state.error is not None:
-            raise self._state.error
 
     async def _changed(self) -> None:
         """Until the engine's thread says that this request gained something (or at once, if it just did)."""
@@ -143,6 +126,38 @@ class AsyncHandle:
         for waiter in waiters:
             if not waiter.done():
                 waiter.set_result(None)
+
+
+class AsyncHandle(AsyncRequest[RequestOutput]):
+    """A request that gains tokens: await it for the whole output, or iterate it for TokenEvents.
+
+    Leaving an ``async for`` early cancels it too. Events that nobody has read yet are merged, so a slow reader
+    costs no memory.
+    """
+
+    def __init__(self, engine: AsyncEngine, worker: CoreThread, state: GenerationState) -> None:
+        super().__init__(engine, worker, state)
+        self._generation = state
+
+    def __aiter__(self) -> AsyncIterator[Any]:
+        return self._events()
+
+    async def _events(self) -> AsyncIterator[TokenEvent]:
+        try:
+            while True:
+                done = self.done
+                events = self._generation.take_events()
+                for event in events:
+                    yield event
+                if done:
+                    break
+                # Whatever came while the reader was busy woke nobody, so only an empty look is followed by a wait.
+                if not events:
+                    await self._changed()
+        finally:
+            self.cancel()
+        if self._state.error is not None:
+            raise self._state.error
 
 
 class AsyncEngine:
@@ -213,6 +228,31 @@ class AsyncEngine:
             )
         )
 
+    def embed(
+        self,
+        prompt: Prompt,
+        *,
+        pooling: Pooling = "mean",
+        normalize: bool = True,
+        timeout: float | None = None,
+        request_id: str | None = None,
+        priority: int = 0,
+        cache_salt: str | None = None,
+    ) -> AsyncRequest[EmbeddingOutput]:
+        """The vector of one prompt, as ``Engine.embed``: submitted at this call; await the handle for it.
+
+        Raises:
+            RequestError, EngineDeadError: as ``generate``.
+        """
+        state = self._inputs.embedding(
+            prompt, pooling=pooling, normalize=normalize, timeout=timeout, request_id=request_id,
+            priority=priority, cache_salt=cache_salt,
+        )  # fmt: skip
+        self._check_open()
+        handle = AsyncRequest(self, self._worker, state)
+        self._worker.submit(state)
+        return handle
+
     def render_chat(self, messages: Sequence[Message], **template_options: Any) -> str:
         """The prompt text that ``chat`` would send."""
         return self._inputs.render_chat(messages, **template_options)
@@ -224,6 +264,16 @@ class AsyncEngine:
     def stats(self) -> EngineStats:
         """Counts between two steps (waits for the running step to end)."""
         return self._worker.call(lambda core: core.stats()).result()
+
+    def metrics(self) -> MetricsSnapshot:
+        """All that was counted and measured since the engine was made (waits for the running step to end).
+
+        After the engine's end too, so that a last look tells how it ended.
+        """
+        try:
+            return self._worker.call(lambda core: core.metrics()).result()
+        except EngineDeadError:
+            return self._worker.core.metrics()
 
     def inspect(self) -> BlockMap:
         """The block map between two steps; ``.to_text()``, ``.to_svg()``."""
@@ -279,13 +329,16 @@ class AsyncEngine:
             return 0
         return await asyncio.wrap_future(counting)
 
-    def _submit(self, state: RequestState) -> AsyncHandle:
-        self.check_health()
-        if self._draining:
-            raise EngineDeadError("the engine is draining and takes no more requests")
+    def _submit(self, state: GenerationState) -> AsyncHandle:
+        self._check_open()
         handle = self._make_handle(state)
         self._worker.submit(state)
         return handle
 
-    def _make_handle(self, state: RequestState) -> AsyncHandle:
+    def _check_open(self) -> None:
+        self.check_health()
+        if self._draining:
+            raise EngineDeadError("the engine is draining and takes no more requests")
+
+    def _make_handle(self, state: GenerationState) -> AsyncHandle:
         return AsyncHandle(self, self._worker, state)

@@ -34,6 +34,7 @@ from kvpage.engine.backends import (
 from kvpage.engine.core import EngineCore
 from kvpage.engine.executor import LocalExecutor
 from kvpage.engine.inputs import ChatTemplates, InputLimits, InputProcessor
+from kvpage.engine.metrics import EngineMetrics
 from kvpage.engine.model import make_model
 from kvpage.engine.quantization import find_scheme
 from kvpage.engine.source import Source, define_model, find_model
@@ -174,10 +175,29 @@ def _core(
         arena.close()
         trim_heap()
 
-    core = EngineCore(scheduler, blocks, LocalExecutor(runner), tokenizer, Listeners(listeners), release)
+    metrics = EngineMetrics(config.max_model_len, _cache_info(options, config, blocks))
+    core = EngineCore(
+        scheduler, blocks, LocalExecutor(runner), tokenizer, Listeners(listeners), metrics, release
+    )
     if not options.disable_log_stats:
         core.listeners.add(StatsLog(core.stats))
     return core
+
+
+def _cache_info(options: EngineOptions, config: Resolved, blocks: BlockManager) -> dict[str, str]:
+    """The labels of the metric ``cache_config_info``, under vLLM's names."""
+    tokens = config.max_model_len if blocks.capacity is None else blocks.capacity
+    values = {
+        "block_size": config.block_size,
+        "num_gpu_blocks": blocks.usable_blocks,
+        "kv_cache_size_tokens": tokens,
+        "kv_cache_max_concurrency": f"{tokens / config.max_model_len:.2f}",
+        "cache_dtype": config.kv_dtype,
+        "enable_prefix_caching": options.enable_prefix_caching,
+        "max_model_len": config.max_model_len,
+        "max_num_seqs": config.max_num_seqs,
+    }
+    return {name: str(value) for name, value in values.items()}
 
 
 def _make_listener(record: Record) -> EventListener:

@@ -11,10 +11,12 @@ from traceback import clear_frames
 from kvpage.api.events import StepStats
 from kvpage.cache.manager import BlockManager
 from kvpage.engine.executor import Executor
-from kvpage.engine.request import RequestState, with_texts
+from kvpage.engine.metrics import EngineMetrics
+from kvpage.engine.request import AnyState, EmbeddingState, GenerationState, with_texts
 from kvpage.engine.stats import EngineStats, Listeners
 from kvpage.errors import EngineDeadError, KvpageError, RequestError
-from kvpage.outputs import CompletionOutput, PositionLogprobs
+from kvpage.metrics import MetricsSnapshot
+from kvpage.outputs import PositionLogprobs
 from kvpage.sched.plan import StepPlan
 from kvpage.sched.scheduler import Scheduler
 from kvpage.sched.sequence import Sequence as ScheduledSequence
@@ -46,42 +48,49 @@ class EngineCore:
         executor: Executor,
         tokenizer: Tokenizer | None,
         listeners: Listeners,
+        metrics: EngineMetrics,
         release: Callable[[], None],
     ) -> None:
         self.scheduler = scheduler
         self.blocks = blocks
-        self.states: dict[str, RequestState] = {}
+        self.states: dict[str, AnyState] = {}
         self.dead: BaseException | None = None
         self.totals = Totals()
         self.listeners = listeners
+        self._metrics = metrics
         self._executor: Executor | None = executor
         self._tokenizer = tokenizer
         self._release = release
         self._stepping = False
-        self._asked_to_abort: list[RequestState] = []
+        self._asked_to_abort: list[AnyState] = []
 
     @property
     def has_work(self) -> bool:
         return self.dead is None and self.scheduler.has_work
 
-    def submit(self, state: RequestState) -> None:
+    def submit(self, state: AnyState) -> None:
         """Accept a request, or raise RequestError / QueueFullError / EngineDeadError and keep nothing of it."""
         self.check_alive()
-        self.scheduler.submit(state.request)
+        try:
+            self.scheduler.submit(state.request)
+        except RequestError as error:
+            self._metrics.rejected(error)
+            raise
         request = state.request
         self.states[request.request_id] = state
         self.totals.prompt_tokens += len(request.prompt_token_ids)
         self.listeners.tell("admitted", request.request_id, len(request.prompt_token_ids))
 
-    def step(self) -> list[RequestState]:
+    def step(self) -> list[AnyState]:
         """Schedule, execute, commit once; returns the requests that gained something.
 
         Raises:
             EngineDeadError: the step failed as a whole; every request has ended with that error.
         """
         self.check_alive()
-        began = time.perf_counter()
-        changed: dict[str, RequestState] = {}
+        clock = time.perf_counter
+        began = clock()
+        changed: dict[str, AnyState] = {}
         plan: StepPlan | None = None
         phase = "bookkeeping"
         self._stepping = True
@@ -94,11 +103,15 @@ class EngineCore:
                 self._tell_moves(running, plan)
                 assert self._executor is not None, "a closed engine has no work"
                 phase = "executing"
+                scheduled = clock()
                 result = self._executor.submit(plan).result()
+                executed = clock()
                 phase = "bookkeeping"
                 commit = self.scheduler.commit(plan, result)
                 phase = "delivering"
+                committed = clock()
                 self._deliver(commit, changed)
+                self._metrics.step(began, scheduled, executed, committed, clock())
         except Exception as error:
             # Nothing of a failed step can be trusted, whatever went wrong in it.
             self.die(error, plan)
@@ -115,7 +128,7 @@ class EngineCore:
         self._abort_asked(changed)
         return list(changed.values())
 
-    def abort(self, request_id: str) -> list[RequestState]:
+    def abort(self, request_id: str) -> list[AnyState]:
         """End a request, in whatever state it is; unfinished choices end with "abort". Unknown ids are ignored.
 
         Out of a step itself (a listener, or the garbage collector closing a stream) it happens when the step is
@@ -127,12 +140,12 @@ class EngineCore:
         if self._stepping:
             self._asked_to_abort.append(state)
             return []
-        changed: dict[str, RequestState] = {}
+        changed: dict[str, AnyState] = {}
         for sequence in self.scheduler.abort(state.request):
             self._finish(sequence, changed)
         return list(changed.values())
 
-    def close(self) -> list[RequestState]:
+    def close(self) -> list[AnyState]:
         """Abort what is unfinished and give the memory back. Idempotent."""
         changed = [state for request_id in list(self.states) for state in self.abort(request_id)]
         if self.dead is None:
@@ -172,7 +185,11 @@ class EngineCore:
             finished_requests=totals.finished_requests,
         )
 
-    def _deliver(self, commit: Commit, changed: dict[str, RequestState]) -> None:
+    def metrics(self) -> MetricsSnapshot:
+        """Everything that was counted and measured, and the gauges of this moment."""
+        return self._metrics.snapshot(self.scheduler, self.blocks)
+
+    def _deliver(self, commit: Commit, changed: dict[str, AnyState]) -> None:
         """Turn a commit into tokens and text of the requests' choices."""
         now = time.monotonic()
         states = self.states
@@ -182,25 +199,34 @@ class EngineCore:
                     None if position is None else with_texts(position, self._tokenizer) for position in found
                 ]
         logprobs: Sequence[PositionLogprobs | None] | None = commit.logprobs
+        for request, embedding in commit.embeddings:
+            if isinstance(wanting := states.get(request.request_id), EmbeddingState):
+                wanting.give(embedding, now)
+                self._metrics.prompt_computed(wanting, now)
+        since: dict[float, int] = {}
         tokens_are_heard = self.listeners.hears("token")
         for i, (sequence, token_id) in enumerate(zip(commit.sequences, commit.token_ids, strict=True)):
             request_id = sequence.request.request_id
             state = states.get(request_id)
-            if state is None:  # another choice of the request failed in this very step
+            if not isinstance(
+                state, GenerationState
+            ):  # another choice of the request failed in this very step
                 continue
             changed[request_id] = state
             if state.first_token is None:
                 state.first_token = now
+                self._metrics.prompt_computed(state, now)
             state.last_token = now
+            choice = state.choices[sequence.index]
+            since[choice.last_token] = since.get(choice.last_token, 0) + 1
+            choice.last_token = now
             reported = None if logprobs is None else logprobs[i]
             if reported is not None:
                 reported = with_texts(reported, self._tokenizer)
             if tokens_are_heard:
                 self.listeners.tell("token", request_id, sequence.index, (token_id,))
             try:
-                matched = state.choices[sequence.index].add(
-                    token_id, reported, silent=sequence.finish_reason == "stop"
-                )
+                matched = choice.add(token_id, reported, silent=sequence.finish_reason == "stop")
             except Exception as error:
                 # Text is a matter of one request: whatever its decoding raises ends that request alone.
                 self._fail(state, error)
@@ -209,11 +235,12 @@ class EngineCore:
                 self.scheduler.finish(sequence, "stop", matched)
                 self._finish(sequence, changed, matched=matched)
         self.totals.generated_tokens += len(commit.token_ids)
+        self._metrics.tokens(since, len(commit.token_ids), now)
         for sequence in commit.finished:
             self._finish(sequence, changed)
 
     def _finish(
-        self, sequence: ScheduledSequence, changed: dict[str, RequestState], *, matched: str | None = None
+        self, sequence: ScheduledSequence, changed: dict[str, AnyState], *, matched: str | None = None
     ) -> None:
         """A sequence has its finish reason: so has its choice. A stop string goes before max_tokens, which its last
         token may have reached as well."""
@@ -230,11 +257,11 @@ class EngineCore:
         else:
             reason = "stop"
             state.finish(sequence.index, reason, matched, flush=False)
-        self._tell_finished(state, state.choices[sequence.index].output)
+        self._tell_finished(state, sequence.index)
         if state.done:
             self._forget(state)
 
-    def _fail(self, state: RequestState, error: Exception) -> None:
+    def _fail(self, state: AnyState, error: Exception) -> None:
         """One request cannot go on; its blocks are freed, the others do not notice."""
         self.scheduler.abort(state.request)
         self._end_in_error(
@@ -242,20 +269,20 @@ class EngineCore:
             error if isinstance(error, KvpageError) else RequestError(f"{type(error).__name__}: {error}"),
         )
 
-    def _end_in_error(self, state: RequestState, error: KvpageError) -> None:
-        for choice in state.fail(error):
-            self._tell_finished(state, choice)
+    def _end_in_error(self, state: AnyState, error: KvpageError) -> None:
+        for index in state.fail(error):
+            self._tell_finished(state, index)
         self._forget(state)
 
-    def _tell_finished(self, state: RequestState, choice: CompletionOutput) -> None:
-        reason = choice.finish_reason
+    def _tell_finished(self, state: AnyState, index: int) -> None:
+        reason, tokens = state.ending(index)
         if reason is not None:
-            tokens = len(choice.token_ids)
-            self.listeners.tell("finished", state.output.request_id, choice.index, reason, tokens)
+            self.listeners.tell("finished", state.output.request_id, index, reason, tokens)
 
-    def _forget(self, state: RequestState) -> None:
+    def _forget(self, state: AnyState) -> None:
         self.states.pop(state.output.request_id, None)
         self.totals.finished_requests += 1
+        self._metrics.finished(state)
         self.listeners.tell("completed", state.output.request_id, state.output.metrics)
 
     def _interrupted(self, phase: str, plan: StepPlan | None, interrupt: BaseException) -> None:
@@ -273,7 +300,7 @@ class EngineCore:
         else:
             self.die(interrupt, plan)
 
-    def _abort_asked(self, changed: dict[str, RequestState]) -> None:
+    def _abort_asked(self, changed: dict[str, AnyState]) -> None:
         asked, self._asked_to_abort = self._asked_to_abort, []
         for state in asked:
             for sequence in self.scheduler.abort(state.request):

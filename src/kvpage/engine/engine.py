@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Generic
 
 from kvpage.config import EngineOptions
 from kvpage.engine.build import EngineParts, build_engine
 from kvpage.engine.core import EngineCore
 from kvpage.engine.inputs import Message, Prompt
-from kvpage.engine.request import RequestState
+from kvpage.engine.request import EmbeddingState, GenerationState, OutputT, RequestState
 from kvpage.engine.stats import EngineStats
 from kvpage.errors import RequestError
-from kvpage.outputs import RequestOutput, TokenEvent
-from kvpage.params import SamplingParams
+from kvpage.metrics import MetricsSnapshot
+from kvpage.outputs import EmbeddingOutput, RequestOutput, TokenEvent
+from kvpage.params import Pooling, SamplingParams
 from kvpage.plugins import PluginRegistry
 from kvpage.text.tokenizer import Tokenizer
 
@@ -24,10 +25,10 @@ if TYPE_CHECKING:
     from kvpage.inspect.snapshot import BlockMap
 
 
-class RequestHandle:
-    """One submitted request of an ``Engine``."""
+class Handle(Generic[OutputT]):
+    """One submitted request of an ``Engine``, whatever it asks for."""
 
-    def __init__(self, engine: Engine, state: RequestState) -> None:
+    def __init__(self, engine: Engine, state: RequestState[OutputT]) -> None:
         self._engine, self._state = engine, state
 
     @property
@@ -40,7 +41,7 @@ class RequestHandle:
         return self._state.done
 
     @property
-    def output(self) -> RequestOutput:
+    def output(self) -> OutputT:
         """The output so far; it grows in place while the engine steps."""
         return self._state.output
 
@@ -49,11 +50,7 @@ class RequestHandle:
         if not self.done:
             self._engine.abort(self.request_id)
 
-    def events(self) -> list[TokenEvent]:
-        """What each choice gained since the last call, at most one event a choice."""
-        return self._state.take_events()
-
-    def result(self) -> RequestOutput:
+    def result(self) -> OutputT:
         """Step the engine until this request has ended.
 
         Raises:
@@ -64,6 +61,18 @@ class RequestHandle:
         if self._state.error is not None:
             raise self._state.error
         return self._state.output
+
+
+class RequestHandle(Handle[RequestOutput]):
+    """A request that gains tokens."""
+
+    def __init__(self, engine: Engine, state: GenerationState) -> None:
+        super().__init__(engine, state)
+        self._generation = state
+
+    def events(self) -> list[TokenEvent]:
+        """What each choice gained since the last call, at most one event a choice."""
+        return self._generation.take_events()
 
     def __repr__(self) -> str:
         tokens = sum(len(choice.token_ids) for choice in self.output.outputs)
@@ -122,7 +131,7 @@ class Engine:
         each = _one_each("params", params, len(listed))
         priorities = _one_each("priority", priority, len(listed))
         make = self._parts.inputs.request
-        return self._run(
+        return self._complete(
             [make(p, q, priority=r or 0) for p, q, r in zip(listed, each, priorities, strict=True)], progress
         )
 
@@ -142,9 +151,50 @@ class Engine:
         conversations: Sequence[Any] = messages if several else [messages]
         each = _one_each("params", params, len(conversations))
         make = self._parts.inputs.chat_request
-        return self._run(
+        return self._complete(
             [make(m, p, **template_options) for m, p in zip(conversations, each, strict=True)], progress
         )
+
+    def embed(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        *,
+        pooling: Pooling = "mean",
+        normalize: bool = True,
+        timeout: float | None = None,
+        priority: Sequence[int] | None = None,
+        cache_salt: str | None = None,
+    ) -> list[EmbeddingOutput]:
+        """One vector a prompt, of the model's hidden states after the final norm; the order is that of the prompts.
+
+        A prompt may be as long as ``max_model_len``. It shares steps with whatever else the engine computes, which
+        changes nothing of its vector; being computed in chunks, or again after a preemption, changes it by no more
+        than the rounding of float32.
+
+        Args:
+            pooling: "mean" of all positions (takes no prefix hit), or the "last" one.
+            normalize: scale to length 1.
+            timeout: seconds; what has not ended then raises RequestError.
+            priority: one each. cache_salt: for all; share KV prefixes only with requests of the same salt.
+
+        Raises:
+            RequestError: a prompt cannot be served; none of them is then left in the engine.
+        """
+        listed = _as_prompts(prompts)
+        priorities = _one_each("priority", priority, len(listed))
+        make = self._parts.inputs.embedding
+        states = [
+            make(
+                p,
+                pooling=pooling,
+                normalize=normalize,
+                timeout=timeout,
+                priority=r or 0,
+                cache_salt=cache_salt,
+            )
+            for p, r in zip(listed, priorities, strict=True)
+        ]
+        return self._run(self._submit_embedding(state) for state in states)
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[TokenEvent]:
         """Complete one prompt, yielding TokenEvents as tokens arrive; leaving the loop cancels the request."""
@@ -204,6 +254,11 @@ class Engine:
         with self._lock:
             return self._core.stats()
 
+    def metrics(self) -> MetricsSnapshot:
+        """All that was counted and measured since the engine was made; also after it is closed."""
+        with self._lock:
+            return self._core.metrics()
+
     def inspect(self) -> BlockMap:
         """The block map: which sequence holds which KV block; ``.to_text()``, ``.to_svg()``."""
         from kvpage.inspect.snapshot import take_snapshot  # the picture is drawn on demand
@@ -244,12 +299,17 @@ class Engine:
     def _core(self) -> EngineCore:
         return self._parts.core
 
-    def _submit(self, state: RequestState) -> RequestHandle:
+    def _submit(self, state: GenerationState) -> RequestHandle:
         with self._lock:
             self._core.submit(state)
         return RequestHandle(self, state)
 
-    def _advance(self, handle: RequestHandle) -> None:
+    def _submit_embedding(self, state: EmbeddingState) -> Handle[EmbeddingOutput]:
+        with self._lock:
+            self._core.submit(state)
+        return Handle(self, state)
+
+    def _advance(self, handle: Handle[Any]) -> None:
         """One step, unless another thread has meanwhile ended the request (or closed the engine)."""
         with self._lock:
             if not handle.done:
@@ -266,14 +326,22 @@ class Engine:
             if not handle.done:
                 handle.cancel()
 
-    def _run(self, states: Sequence[RequestState], progress: bool | None) -> list[RequestOutput]:
-        """Submit all or none, then step until all have ended."""
-        handles: list[RequestHandle] = []
+    def _complete(self, states: Sequence[GenerationState], progress: bool | None) -> list[RequestOutput]:
+        show = sys.stderr.isatty() if progress is None else progress
+        submitted = (self._submit(state) for state in states)
+        return self._run(submitted, self._drive_with_progress if show else None)
+
+    def _run(
+        self,
+        submitted: Iterable[Handle[OutputT]],
+        drive: Callable[[Sequence[Any]], None] | None = None,
+    ) -> list[OutputT]:
+        """Submit all or none, by drawing them from ``submitted``; then step until all have ended."""
+        handles: list[Handle[OutputT]] = []
         try:
-            handles += (self._submit(state) for state in states)
-            show = sys.stderr.isatty() if progress is None else progress
-            if show:
-                self._drive_with_progress(handles)
+            handles += submitted
+            if drive is not None:
+                drive(handles)
             return [handle.result() for handle in handles]
         finally:
             for handle in handles:

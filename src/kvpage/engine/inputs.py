@@ -11,9 +11,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-from kvpage.engine.request import RequestState
+from kvpage.engine.request import EmbeddingState, GenerationState
 from kvpage.errors import RequestError
-from kvpage.params import SamplingParams
+from kvpage.params import Pooling, PoolingParams, SamplingParams
 from kvpage.sched.sequence import Request
 from kvpage.text.chat import ChatTemplate
 from kvpage.text.tokenizer import Tokenizer
@@ -58,7 +58,7 @@ class ChatTemplates:
 
 
 class InputProcessor:
-    """Makes RequestStates. Safe to call from several threads.
+    """Makes the states of requests. Safe to call from several threads.
 
     Args:
         tokenizer: ``None`` if the engine has none. templates: of chats.
@@ -88,7 +88,7 @@ class InputProcessor:
         request_id: str | None = None,
         priority: int = 0,
         cache_salt: str | None = None,
-    ) -> RequestState:
+    ) -> GenerationState:
         """A request that has passed every check that needs no engine state.
 
         Raises:
@@ -98,6 +98,34 @@ class InputProcessor:
         return self._state(
             text, token_ids, params, request_id, priority, salt if cache_salt is None else cache_salt
         )
+
+    def embedding(
+        self,
+        prompt: Prompt,
+        *,
+        pooling: Pooling,
+        normalize: bool,
+        timeout: float | None = None,
+        request_id: str | None = None,
+        priority: int = 0,
+        cache_salt: str | None = None,
+    ) -> EmbeddingState:
+        """``request`` for the vector of a prompt."""
+        text, token_ids, salt = self._tokenise(prompt)
+        salt = salt if cache_salt is None else cache_salt
+        params = PoolingParams(pooling=pooling, normalize=normalize, timeout=timeout)
+        number = self._number(request_id, priority, salt)
+        self._check_tokens(token_ids)
+        request = Request(
+            request_id=f"request-{number}" if request_id is None else request_id,
+            prompt_token_ids=token_ids,
+            params=params,
+            seed=0,
+            arrival=time.monotonic(),
+            priority=priority,
+            cache_salt=salt,
+        )
+        return EmbeddingState(request, params, text, time.time())
 
     def chat(self, messages: Sequence[Message], **template_options: Any) -> tuple[str, list[int]]:
         """(text, token ids) of a conversation, by the model's chat template."""
@@ -111,7 +139,7 @@ class InputProcessor:
     def chat_request(
         self, messages: Sequence[Message], params: SamplingParams | None, *, request_id: str | None = None,
         priority: int = 0, cache_salt: str | None = None, **template_options: Any,
-    ) -> RequestState:  # fmt: skip
+    ) -> GenerationState:  # fmt: skip
         """``request`` for a conversation."""
         text, token_ids = self.chat(messages, **template_options)
         return self._state(text, token_ids, params, request_id, priority, cache_salt)
@@ -119,15 +147,12 @@ class InputProcessor:
     def _state(
         self, text: str | None, token_ids: Sequence[int], params: SamplingParams | None, request_id: str | None,
         priority: int, cache_salt: str | None,
-    ) -> RequestState:  # fmt: skip
-        number = next(self._numbers)
+    ) -> GenerationState:  # fmt: skip
         _check_type("params", params, SamplingParams)
-        _check_type("request_id", request_id, str)
-        _check_type("cache_salt", cache_salt, str)
-        if type(priority) is not int:
-            raise RequestError(f"priority must be an integer, got {priority!r}", param="priority")
+        number = self._number(request_id, priority, cache_salt)
         full = (params or SamplingParams()).with_defaults(self._defaults)
-        self._check(token_ids, full)
+        self._check_tokens(token_ids)
+        self._check(full)
         eos = frozenset(self.limits.eos_token_ids)
         request = Request(
             request_id=f"request-{number}" if request_id is None else request_id,
@@ -141,7 +166,15 @@ class InputProcessor:
             stop_token_ids=frozenset(full.stop_token_ids) | (frozenset() if full.ignore_eos else eos),
             eos_token_ids=frozenset() if full.ignore_eos else eos - frozenset(full.stop_token_ids),
         )
-        return RequestState(request, text, self.tokenizer, time.time())
+        return GenerationState(request, full, text, self.tokenizer, time.time())
+
+    def _number(self, request_id: str | None, priority: int, cache_salt: str | None) -> int:
+        """Of a new request, if what any request may say is of the right type."""
+        _check_type("request_id", request_id, str)
+        _check_type("cache_salt", cache_salt, str)
+        if type(priority) is not int:
+            raise RequestError(f"priority must be an integer, got {priority!r}", param="priority")
+        return next(self._numbers)
 
     def _tokenise(self, prompt: Prompt) -> tuple[str | None, list[int], str | None]:
         salt = None
@@ -183,7 +216,7 @@ class InputProcessor:
             )
         return text, list(ids), salt
 
-    def _check(self, token_ids: Sequence[int], params: SamplingParams) -> None:
+    def _check_tokens(self, token_ids: Sequence[int]) -> None:
         limits = self.limits
         if not token_ids:
             raise RequestError("the prompt is empty: give at least one character or token", param="prompt")
@@ -195,6 +228,9 @@ class InputProcessor:
                 f"(0 .. {limits.vocab_size - 1})",
                 param="prompt",
             )
+
+    def _check(self, params: SamplingParams) -> None:
+        limits = self.limits
         named = {"logit_bias": params.logit_bias or (), "allowed_token_ids": params.allowed_token_ids or (),
                  "stop_token_ids": params.stop_token_ids}  # fmt: skip
         for name, ids in named.items():

@@ -10,7 +10,7 @@ from kvpage.config import EngineOptions
 from kvpage.engine.aio import AsyncEngine, AsyncHandle
 from kvpage.engine.engine import Engine
 from kvpage.engine.inputs import Prompt
-from kvpage.engine.request import RequestState
+from kvpage.engine.request import GenerationState
 from kvpage.outputs import RequestOutput
 from kvpage.params import SamplingParams
 from kvpage.plugins import PluginRegistry
@@ -90,5 +90,5 @@ class AsyncLLMEngine(AsyncEngine):
         """vLLM's name for ``close``."""
         self.close()
 
-    def _make_handle(self, state: RequestState) -> AsyncHandle:
+    def _make_handle(self, state: GenerationState) -> AsyncHandle:
         return CumulativeHandle(self, self._worker, state)

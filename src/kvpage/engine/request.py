@@ -1,21 +1,29 @@
-"""A request as the engine follows it: choices that gain tokens and text, and the events cut from them."""
+"""A request as the engine follows it: choices that gain tokens and text and the events cut from them, or a vector."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from array import array
 from dataclasses import replace
+from typing import Any, Generic, TypeAlias, TypeVar
 
+from kvpage.errors import RequestError
 from kvpage.outputs import (
     CompletionOutput,
+    EmbeddingOutput,
     FinishReason,
     PositionLogprobs,
     RequestMetrics,
     RequestOutput,
     TokenEvent,
 )
+from kvpage.params import PoolingParams, SamplingParams
 from kvpage.sched.sequence import Request
 from kvpage.text.detokenizer import Detokenizer
 from kvpage.text.stops import StopStrings
 from kvpage.text.tokenizer import Tokenizer
+
+OutputT = TypeVar("OutputT", bound=RequestOutput | EmbeddingOutput)
 
 
 class Choice:
@@ -33,11 +41,14 @@ class Choice:
         "_shows_stop",
         "_stops",
         "_told",
+        "last_token",
         "output",
     )
 
-    def __init__(self, index: int, request: Request, tokenizer: Tokenizer | None) -> None:
-        params = request.params
+    def __init__(
+        self, index: int, request: Request, params: SamplingParams, tokenizer: Tokenizer | None
+    ) -> None:
+        self.last_token = 0.0  # when it came, on the scheduler's clock
         self.output = CompletionOutput(index, logprobs=None if params.logprobs is None else [])
         if params.logprobs is not None:
             self.output.cumulative_logprob = 0.0
@@ -114,72 +125,159 @@ class Choice:
         return event
 
 
-class RequestState:
-    """One accepted request: what the scheduler knows of it, its choices, and how it ended."""
+class RequestState(ABC, Generic[OutputT]):
+    """One accepted request: what the scheduler knows of it, its output so far, and how it ended.
 
-    __slots__ = ("_unfinished", "choices", "error", "first_token", "last_token", "output", "request")
+    Attributes:
+        error: what ended it, if an error did.
+        first_token, last_token: when its first and last token (or its vector) came, on the scheduler's clock.
+    """
 
-    def __init__(
-        self, request: Request, prompt: str | None, tokenizer: Tokenizer | None, arrival_time: float
-    ) -> None:
+    __slots__ = ("error", "first_token", "last_token", "output", "request")
+
+    def __init__(self, request: Request, output: OutputT) -> None:
         self.request = request
-        self.choices = [Choice(index, request, tokenizer) for index in range(request.params.n)]
-        self.output = RequestOutput(
-            request_id=request.request_id,
-            prompt=prompt,
-            prompt_token_ids=request.prompt_token_ids,
-            outputs=[choice.output for choice in self.choices],
-            metrics=RequestMetrics(arrival_time=arrival_time),
-        )
+        self.output = output
         self.error: Exception | None = None
         self.first_token: float | None = None
         self.last_token: float | None = None
-        self._unfinished = request.params.n
 
     @property
     def done(self) -> bool:
         """Whether every choice has ended; written after all else."""
         return self.output.finished
 
+    @abstractmethod
+    def ending(self, index: int) -> tuple[FinishReason | None, int]:
+        """Finish reason and number of tokens of one choice."""
+
+    @abstractmethod
     def finish(
         self, index: int, reason: FinishReason, stop_reason: int | str | None, *, flush: bool = True
     ) -> None:
-        """One choice ended; with the last one, the request did."""
+        """One choice ended; with the last one, the request did. ``flush``: text that is held back is shown."""
+
+    @abstractmethod
+    def fail(self, error: Exception) -> list[int]:
+        """The request ended in error, which its readers get raised. Returns the choices that were unfinished, now
+        "error"."""
+
+    def _close(self) -> None:
+        request, metrics = self.request, self.output.metrics
+        metrics.cached_tokens = request.cached_tokens
+        metrics.preemptions = request.preemptions
+        if request.first_scheduled is not None:
+            metrics.queued = request.first_scheduled - request.arrival
+            if self.first_token is not None:
+                metrics.prefill = self.first_token - request.first_scheduled
+                if self.last_token is not None:
+                    metrics.decode = self.last_token - self.first_token
+        self.output.finished = True
+
+
+AnyState: TypeAlias = RequestState[Any]
+
+
+class GenerationState(RequestState[RequestOutput]):
+    """A request that gains tokens, in one choice or more."""
+
+    __slots__ = ("_unfinished", "choices")
+
+    def __init__(
+        self,
+        request: Request,
+        params: SamplingParams,
+        prompt: str | None,
+        tokenizer: Tokenizer | None,
+        arrival_time: float,
+    ) -> None:
+        self.choices = [Choice(index, request, params, tokenizer) for index in range(params.n)]
+        output = RequestOutput(
+            request_id=request.request_id,
+            prompt=prompt,
+            prompt_token_ids=request.prompt_token_ids,
+            outputs=[choice.output for choice in self.choices],
+            metrics=RequestMetrics(arrival_time=arrival_time),
+        )
+        super().__init__(request, output)
+        self._unfinished = params.n
+
+    def ending(self, index: int) -> tuple[FinishReason | None, int]:
+        output = self.choices[index].output
+        return output.finish_reason, len(output.token_ids)
+
+    def finish(
+        self, index: int, reason: FinishReason, stop_reason: int | str | None, *, flush: bool = True
+    ) -> None:
         choice = self.choices[index]
         if choice.output.finish_reason is not None:
             return
         choice.finish(reason, stop_reason, flush=flush)
         self._unfinished -= 1
         if not self._unfinished:
-            self._close_metrics()
-            self.output.finished = True
+            self._close()
 
-    def fail(self, error: Exception) -> list[CompletionOutput]:
-        """The request ended in error, which its readers get raised. Returns the choices that were unfinished, now
-        "error"."""
+    def fail(self, error: Exception) -> list[int]:
         if self.done:
             return []
         unfinished = [choice for choice in self.choices if choice.output.finish_reason is None]
         for choice in unfinished:
             choice.finish("error", None, flush=False)
-        self._close_metrics()
         self.error = error
-        self.output.finished = True
-        return [choice.output for choice in unfinished]
+        self._close()
+        return [choice.output.index for choice in unfinished]
 
     def take_events(self) -> list[TokenEvent]:
         """One event for each choice that gained something since the last call."""
         return [event for choice in self.choices if (event := choice.take_event()) is not None]
 
-    def _close_metrics(self) -> None:
-        request, metrics = self.request, self.output.metrics
-        metrics.cached_tokens = request.cached_tokens
-        metrics.preemptions = request.preemptions
-        if request.first_scheduled is not None:
-            metrics.queued = request.first_scheduled - request.arrival
-            if self.first_token is not None and self.last_token is not None:
-                metrics.prefill = self.first_token - request.first_scheduled
-                metrics.decode = self.last_token - self.first_token
+
+class EmbeddingState(RequestState[EmbeddingOutput]):
+    """A request that gets the vector of its prompt, all at once."""
+
+    __slots__ = ("_timeout",)
+
+    def __init__(
+        self, request: Request, params: PoolingParams, prompt: str | None, arrival_time: float
+    ) -> None:
+        output = EmbeddingOutput(
+            request_id=request.request_id,
+            prompt=prompt,
+            prompt_token_ids=request.prompt_token_ids,
+            metrics=RequestMetrics(arrival_time=arrival_time),
+        )
+        super().__init__(request, output)
+        self._timeout = params.timeout
+
+    def ending(self, index: int) -> tuple[FinishReason | None, int]:
+        return self.output.finish_reason, 0
+
+    def give(self, embedding: array[float], now: float) -> None:
+        """The vector, at ``now`` on the scheduler's clock; ``finish`` follows."""
+        self.output.embedding = embedding
+        self.first_token = now
+
+    def finish(
+        self, index: int, reason: FinishReason, stop_reason: int | str | None, *, flush: bool = True
+    ) -> None:
+        if stop_reason == "timeout":
+            self.fail(
+                RequestError(
+                    f"the embedding was not there after {self._timeout} s: raise timeout or leave it out",
+                    param="timeout",
+                )
+            )
+        elif not self.done:
+            self.output.finish_reason = reason
+            self._close()
+
+    def fail(self, error: Exception) -> list[int]:
+        if self.done:
+            return []
+        self.output.finish_reason = "error"
+        self.error = error
+        self._close()
+        return [0]
 
 
 def with_texts(logprobs: PositionLogprobs, tokenizer: Tokenizer | None) -> PositionLogprobs:

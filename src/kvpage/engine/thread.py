@@ -13,7 +13,7 @@ from contextlib import suppress
 from typing import Protocol, TypeVar
 
 from kvpage.engine.core import EngineCore
-from kvpage.engine.request import RequestState
+from kvpage.engine.request import AnyState
 from kvpage.errors import EngineDeadError
 
 T = TypeVar("T")
@@ -42,7 +42,7 @@ class CoreThread:
         self.core = core
         self._condition = threading.Condition()
         self._commands: deque[Callable[[], None]] = deque()
-        self._watched: dict[RequestState, Reader] = {}
+        self._watched: dict[AnyState, Reader] = {}
         self._stopping = False
         self._process = os.getpid()
         self._thread = threading.Thread(target=self._run, name="kvpage-engine", daemon=True)
@@ -65,7 +65,7 @@ class CoreThread:
             self._post(run)
         return future
 
-    def submit(self, state: RequestState) -> None:
+    def submit(self, state: AnyState) -> None:
         """Hand a request over; what the core refuses becomes the request's error."""
 
         def run() -> None:
@@ -78,7 +78,7 @@ class CoreThread:
 
         self._post(run)
 
-    def abort(self, state: RequestState) -> None:
+    def abort(self, state: AnyState) -> None:
         """End this request, and no other that has its id by now. Nothing is left to do if the engine stops."""
 
         def run() -> None:
@@ -94,7 +94,7 @@ class CoreThread:
         with suppress(EngineDeadError):
             self._post(lambda: self._wake(self.core.abort(request_id)))
 
-    def watch(self, state: RequestState, reader: Reader) -> None:
+    def watch(self, state: AnyState, reader: Reader) -> None:
         """From now on wake the reader when the request gains something."""
         self._watched[state] = reader
         if state.done:
@@ -168,7 +168,7 @@ class CoreThread:
             changed = states
         self._wake(changed)
 
-    def _wake(self, states: Sequence[RequestState]) -> None:
+    def _wake(self, states: Sequence[AnyState]) -> None:
         """One call into each event loop that has a reader of these requests."""
         by_loop: dict[Loop, list[Reader]] = {}
         for state in states:

@@ -11,10 +11,12 @@ import torch
 from kvpage.api.model import CausalLM
 from kvpage.errors import KvpageError
 from kvpage.outputs import PositionLogprobs
+from kvpage.params import PoolingParams, SamplingParams
 from kvpage.runner.batch import BatchBuilder
 from kvpage.runner.kvstore import KVStore
+from kvpage.runner.pooling import Pooler
 from kvpage.sample.sampler import Sampler
-from kvpage.sched.plan import StepPlan, StepResult
+from kvpage.sched.plan import Admission, StepPlan, StepResult
 
 LOGITS_SLICE_BYTES = 64 * 2**20
 """Prompt logprobs are computed in slices whose float32 logits take at most this."""
@@ -32,7 +34,8 @@ class ModelRunner:
     """Keeps what plans only change (tokens, tables, sampler state) and runs the model.
 
     ``execute`` applies a plan in the order of its fields: releases, admissions, block tables, copies; then
-    the model, the logits of the rows that want them, forks, the sampler.
+    the model, the logits of the rows that want them, forks, the sampler; the pooler takes the rows of prompts
+    that become vectors.
     """
 
     def __init__(
@@ -40,6 +43,7 @@ class ModelRunner:
     ) -> None:
         self._model, self._store, self._batch, self._sampler = model, store, batch, sampler
         self._logits_slice = max(1, LOGITS_SLICE_BYTES // (4 * vocab_size))
+        self._pooler = Pooler()
         self._prompt_logprobs: dict[int, PromptLogprobs] = {}
         self._refused: dict[int, str] = {}
 
@@ -50,36 +54,48 @@ class ModelRunner:
             inputs = self._batch.build(plan)
             context = self._store.step(inputs.positions, inputs.batches)
             hidden = self._model.forward(inputs.token_ids, inputs.positions, context)
+            embeddings, faults = self._pooler.pool(plan, hidden)
             prompt_logprobs = self._score_prompts(plan, hidden)
-            return self._sample(plan, hidden, prompt_logprobs)
+            result = self._sample(plan, hidden, prompt_logprobs)
+        if embeddings:
+            result.embeddings = embeddings
+            own = len(result.token_ids)
+            result.errors = {**result.errors, **{own + index: why for index, why in faults.items()}}
+        return result
 
     def _apply(self, plan: StepPlan) -> None:
         for slot in plan.released:
             self._sampler.release(slot)
+            self._pooler.release(slot)
             self._prompt_logprobs.pop(slot, None)
             self._refused.pop(slot, None)
         for admission in plan.admissions:
-            params = admission.params
-            try:
-                self._sampler.admit(
-                    admission.slot,
-                    params,
-                    seed=admission.seed,
-                    stream=admission.stream,
-                    token_ids=admission.token_ids,
-                    prompt_length=admission.prompt_length,
-                    bad_word_ids=admission.bad_word_ids,
-                )
-            except Exception as error:
-                # A logits processor's own admit may raise anything: that request ends, the slot samples greedily.
-                self._refused[admission.slot] = describe(error)
-            if params.prompt_logprobs is not None:
-                self._prompt_logprobs[admission.slot] = PromptLogprobs(
-                    params.prompt_logprobs, admission.prompt_length
-                )
+            if isinstance(admission.params, PoolingParams):
+                self._pooler.admit(admission.slot, admission.params)
+            else:
+                self._admit_to_sampler(admission, admission.params)
         self._batch.apply(plan)
         if plan.copies:
             self._store.copy_blocks(plan.copies)
+
+    def _admit_to_sampler(self, admission: Admission, params: SamplingParams) -> None:
+        try:
+            self._sampler.admit(
+                admission.slot,
+                params,
+                seed=admission.seed,
+                stream=admission.stream,
+                token_ids=admission.token_ids,
+                prompt_length=admission.prompt_length,
+                bad_word_ids=admission.bad_word_ids,
+            )
+        except Exception as error:
+            # A logits processor's own admit may raise anything: that request ends, the slot samples greedily.
+            self._refused[admission.slot] = describe(error)
+        if params.prompt_logprobs is not None:
+            self._prompt_logprobs[admission.slot] = PromptLogprobs(
+                params.prompt_logprobs, admission.prompt_length
+            )
 
     def _sample(
         self, plan: StepPlan, hidden: torch.Tensor, prompt_logprobs: dict[int, Sequence[PositionLogprobs]]

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 
 from kvpage.api.scheduling import SchedulingPolicy
 from kvpage.cache.manager import BlockManager
-from kvpage.errors import ConfigError, QueueFullError, RequestError
+from kvpage.errors import ConfigError, QueueFullError, RequestError, TooLongError
+from kvpage.params import Params, PoolingParams
 from kvpage.sched.policy import FirstComeFirstServed
 from kvpage.sched.sequence import Request
 
@@ -61,36 +62,43 @@ class SchedulerConfig:
 
 
 def longest_length(request: Request, config: SchedulerConfig, blocks: BlockManager) -> int:
-    """Known tokens at which each choice of ``request`` ends with "length".
+    """Known tokens at which each choice of ``request`` ends with "length"; its prompt, where it wants no token.
 
     Raises:
-        RequestError: the prompt is empty, malformed or too long, or a choice could not fit in the whole pool
-            even if it ran alone.
+        RequestError: the prompt is empty or malformed.
+        TooLongError: it is too long, or a choice could not fit in the whole pool even if it ran alone.
     """
-    _check_prompt(request, config)
+    uncomputed = _uncomputed(request.params)
+    _check_prompt(request, config, uncomputed)
     prompt = len(request.prompt_token_ids)
     max_tokens = request.params.max_tokens
     length = config.max_model_len
     if max_tokens is not None:
         length = min(length, prompt + max_tokens)
     capacity = blocks.capacity
-    # The last token is never computed, so a sequence of n tokens needs KV for n - 1.
-    if capacity is None or length - 1 <= capacity:
+    computed = length - uncomputed
+    if capacity is None or computed <= capacity:
         return length
     if max_tokens is None and prompt <= capacity:
         return capacity + 1
-    raise _never_fits(prompt, length, capacity, blocks.block_size)
+    raise _never_fits(prompt, length, computed, capacity, blocks.block_size)
 
 
-def _check_prompt(request: Request, config: SchedulerConfig) -> None:
+def _uncomputed(params: Params) -> int:
+    """Tokens at the end of a sequence that need no KV: the last one drawn, or none where none is drawn."""
+    return 0 if isinstance(params, PoolingParams) else 1
+
+
+def _check_prompt(request: Request, config: SchedulerConfig, uncomputed: int) -> None:
     tokens = request.prompt_token_ids
     if not len(tokens):
         raise RequestError("the prompt is empty (0 tokens): give at least 1 token", param="prompt")
-    if len(tokens) > config.max_model_len - 1:
-        raise RequestError(
+    longest = config.max_model_len - uncomputed
+    if len(tokens) > longest:
+        room = ", and at least 1 output token needs room" if uncomputed else ""
+        raise TooLongError(
             f"This model's maximum context length is {config.max_model_len} tokens. However, your prompt contains "
-            f"{len(tokens)} input tokens, and at least 1 output token needs room. Shorten the prompt to at most "
-            f"{config.max_model_len - 1} tokens.",
+            f"{len(tokens)} input tokens{room}. Shorten the prompt to at most {longest} tokens.",
             param="prompt",
         )
     low, high = min(tokens), max(tokens)
@@ -102,17 +110,18 @@ def _check_prompt(request: Request, config: SchedulerConfig) -> None:
         )
 
 
-def _never_fits(prompt: int, length: int, capacity: int, block_size: int) -> RequestError:
-    needed, usable = -(-(length - 1) // block_size), capacity // block_size
-    room = capacity + 1 - prompt
+def _never_fits(prompt: int, length: int, computed: int, capacity: int, block_size: int) -> TooLongError:
+    needed, usable = -(-computed // block_size), capacity // block_size
+    room = capacity + length - computed - prompt
     way_out = (
         f"Lower max_tokens to at most {room}"
         if room > 0
         else f"Shorten the prompt to at most {capacity} tokens"
     )
-    return RequestError(
-        f"This request can never fit in the KV cache: {prompt} prompt tokens and up to {length - prompt} new ones "
-        f"need {needed} blocks of {block_size} tokens ({length - 1} tokens of KV), and the whole pool has {usable} "
+    new = f" and up to {length - prompt} new ones" if length > prompt else ""
+    return TooLongError(
+        f"This request can never fit in the KV cache: {prompt} prompt tokens{new} "
+        f"need {needed} blocks of {block_size} tokens ({computed} tokens of KV), and the whole pool has {usable} "
         f"blocks ({capacity} tokens). {way_out}, or raise num_kv_blocks or kv_cache_memory.",
         param="max_tokens" if room > 0 else "prompt",
     )

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from kvpage.api.kv import BlockCopy
 from kvpage.outputs import PositionLogprobs
-from kvpage.params import SamplingParams
+from kvpage.params import Params
 
 
 def int_array() -> array[int]:
@@ -33,7 +33,7 @@ class Admission:
     slot: int
     token_ids: Sequence[int]
     prompt_length: int
-    params: SamplingParams
+    params: Params
     seed: int
     stream: int
     bad_word_ids: Sequence[Sequence[int]] = ()
@@ -62,11 +62,13 @@ class StepPlan:
         copies: blocks to copy before anything is written (copy-on-write).
         slots, starts, counts: the rows: ``counts[i]`` tokens of the sequence on ``slots[i]`` from position
             ``starts[i]``. Rows are short-first; [0, num_short) compute one token.
-        num_logits: positions of the row whose logits are needed, counted from its end: 0, 1, or all
-            (prompt_logprobs).
+        num_logits: positions of the row whose logits are needed, counted from its end: 0 (more of the prompt is
+            to come, or nothing is drawn), 1, or all (prompt_logprobs).
         forks: n > 1: sequences that split off after this step's logits.
         sample_rows, sample_slots: token i of the result is drawn for ``sample_slots[i]`` from the last logits
             of row ``sample_rows[i]``; forked children come last.
+        pool_rows: rows that end the prompt of a request with PoolingParams: embedding i of the result is that of
+            row ``pool_rows[i]``.
     """
 
     step: int
@@ -86,6 +88,7 @@ class StepPlan:
     forks: list[Fork] = field(default_factory=list)
     sample_rows: array[int] = field(default_factory=int_array)
     sample_slots: array[int] = field(default_factory=int_array)
+    pool_rows: array[int] = field(default_factory=int_array)
 
 
 @dataclass(slots=True)
@@ -96,10 +99,12 @@ class StepResult:
         token_ids: one a ``StepPlan.sample_slots`` entry.
         logprobs: one mapping a sampled token, ``None`` where not asked for; ``None`` if nobody asked.
         prompt_logprobs: row -> one mapping a prompt token that the row's positions predicted.
-        errors: index into ``token_ids`` -> why that sequence alone cannot go on.
+        errors: index into ``token_ids``, continued by ``embeddings`` -> why that sequence alone cannot go on.
+        embeddings: one a ``StepPlan.pool_rows`` entry, float32.
     """
 
     token_ids: Sequence[int]
     logprobs: Sequence[PositionLogprobs | None] | None = None
     prompt_logprobs: Mapping[int, Sequence[PositionLogprobs]] = field(default_factory=dict)
     errors: Mapping[int, str] = field(default_factory=dict)
+    embeddings: Sequence[array[float]] = ()

@@ -14,7 +14,7 @@ from kvpage.sched.deadlines import Deadlines
 from kvpage.sched.invariants import check_sequences
 from kvpage.sched.plan import Admission, Fork, StepPlan, StepResult
 from kvpage.sched.queues import Queues
-from kvpage.sched.sequence import Request, Sequence
+from kvpage.sched.sequence import Request, Sequence, open_sequences
 from kvpage.sched.snapshot import SchedulerSnapshot, sequence_states
 from kvpage.sched.step import Commit, Step
 
@@ -102,31 +102,12 @@ class Scheduler:
             )
         max_length = longest_length(request, self.config, self.blocks)
         key = self._policy.key(request)
-        prompt = list(request.prompt_token_ids)
-        sequences = [
-            Sequence(
-                request,
-                index,
-                prompt[:],
-                len(prompt),
-                max_length,
-                request.stop_token_ids,
-                (key, self._submitted, index),
-                self.blocks.open(request.cache_salt, request.adapter),
-            )
-            for index in range(request.params.n)
-        ]
         self._limits.enter(request, len(self._queues.free_slots))
-        request.number = self._submitted
-        request.sequences = sequences
-        request.unfinished = len(sequences)
-        first = sequences[0]
-        first.children = sequences[1:]
-        first.prompt_logprobs = None if request.params.prompt_logprobs is None else [None]
+        open_sequences(request, max_length, key, self._submitted, self.blocks)
         self._submitted += 1
         self._requests[request.request_id] = request
         self._deadlines.add(request)
-        self._queues.enqueue(first)
+        self._queues.enqueue(request.sequences[0])
 
     # ---- one step ---------------------------------------------------------------------------------------
 
@@ -208,12 +189,8 @@ class Scheduler:
             if len(free_slots) <= born_with:
                 return
             known = len(sequence.token_ids)
-            # Who needs the logits of every prompt position has to compute every position.
-            hit = (
-                0
-                if sequence.prompt_logprobs is not None
-                else self.blocks.match(sequence.blocks, sequence.token_ids)
-            )
+            whole = sequence.needs_every_position
+            hit = 0 if whole else self.blocks.match(sequence.blocks, sequence.token_ids)
             count = min(known - hit, budget, self._chunk)
             slot = free_slots[-1]
             if not self.blocks.admit(sequence.blocks, slot, known, hit, count, step.plan, spare):
@@ -256,6 +233,7 @@ class Scheduler:
         """``sequence`` computes ``count`` tokens in this step; its blocks are there."""
         sequence.in_flight = count
         step.prompted = step.prompted or sequence.prompt_logprobs is not None
+        step.pooled = step.pooled or sequence.pooling is not None
         (step.short if count == 1 else step.long).append(sequence)
         end = sequence.computed + count
         # A decode step's block is published at commit, like all that sampled tokens fill.
@@ -291,7 +269,7 @@ class Scheduler:
         """Take in what the step computed.
 
         Side effects, in this order: computed tokens count, sampled tokens are appended, blocks they filled
-        are published, sequences that reached an end are finished and give back blocks and slot.
+        are published, sequences that reached an end, or have their embedding, give back blocks and slot.
         """
         step = self._take_step(plan)
         filled = []
@@ -320,19 +298,24 @@ class Scheduler:
             self._collect_prompt_logprobs(step, result, commit)
         for s in ended:
             self._end(s, commit)
+        for s, embedding in zip(step.poolers, result.embeddings, strict=True):
+            if s.finish_reason is None:
+                self.finish(s, "stop")
+                commit.embeddings.append((s.request, embedding))
+                commit.finished.append(s)
         return commit
 
     def _sort_out(self, step: Step, result: StepResult, commit: Commit) -> None:
         """Leave out sequences that ended while the step was under way, or that the step ended in error."""
         kept = []
-        for index, sequence in enumerate(step.samplers):
+        for index, sequence in enumerate([*step.samplers, *step.poolers]):
             if sequence.finish_reason is not None:
                 continue
             if index in result.errors:
                 sequence.error = result.errors[index]
                 self.finish(sequence, "error")
                 commit.finished.append(sequence)
-            else:
+            elif index < len(step.samplers):
                 kept.append(index)
         for sequence in step.sequences:
             if sequence.finish_reason is not None and sequence.slot >= 0:

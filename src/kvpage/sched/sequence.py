@@ -6,19 +6,20 @@ from collections import abc
 from dataclasses import dataclass, field
 from typing import Any
 
+from kvpage.cache.manager import BlockManager
 from kvpage.cache.tables import BlockTables
 from kvpage.outputs import FinishReason, PositionLogprobs
-from kvpage.params import SamplingParams
+from kvpage.params import Params, Pooling, PoolingParams
 
 
 @dataclass(slots=True, eq=False)
 class Request:
-    """One prompt and how to continue it; ``params.n`` sequences.
+    """One prompt and what is wanted of it, ``params``: tokens, in ``params.n`` sequences, or a vector, in one.
 
     Attributes:
         request_id: unique among the live requests.
         params: with every default filled in.
-        seed: key of the sampling noise.
+        seed: key of the sampling noise (0 where nothing is drawn).
         arrival: time of submission on the scheduler's clock, seconds; ``params.timeout`` counts from it.
         priority: lower goes first (policy "priority").
         cache_salt, adapter: prefixes are shared only among requests where both are equal.
@@ -35,7 +36,7 @@ class Request:
 
     request_id: str
     prompt_token_ids: abc.Sequence[int]
-    params: SamplingParams
+    params: Params
     seed: int
     arrival: float
     priority: int = 0
@@ -77,6 +78,7 @@ class Sequence:
         children: choices that are to be forked off once the prompt is computed (choice 0 only).
         reserved: slots kept for them.
         prompt_logprobs: what is known of them while they are still to be delivered, else ``None``.
+        pooling: how its prompt becomes a vector, with which it ends; ``None`` = it draws tokens.
         finish_reason, stop_reason: as in ``CompletionOutput``.
         error: why it ended with finish reason "error", where the step said so.
     """
@@ -97,9 +99,15 @@ class Sequence:
     children: list[Sequence] = field(default_factory=list, repr=False)
     reserved: list[int] = field(default_factory=list)
     prompt_logprobs: list[PositionLogprobs | None] | None = field(default=None, repr=False)
+    pooling: Pooling | None = None
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
     error: str | None = None
+
+    @property
+    def needs_every_position(self) -> bool:
+        """Whether what is wanted of it comes from every position, none of which may be a prefix hit then."""
+        return self.prompt_logprobs is not None or self.pooling == "mean"
 
     @property
     def num_output(self) -> int:
@@ -114,3 +122,27 @@ class Sequence:
     @property
     def finished(self) -> bool:
         return self.finish_reason is not None
+
+
+def open_sequences(request: Request, max_length: int, key: Any, number: int, blocks: BlockManager) -> None:
+    """Make the sequences of ``request``, which the policy orders by ``key`` and that is submission ``number``."""
+    params, prompt = request.params, list(request.prompt_token_ids)
+    request.number = number
+    request.sequences = [
+        Sequence(
+            request,
+            index,
+            prompt[:],
+            len(prompt),
+            max_length,
+            request.stop_token_ids,
+            (key, number, index),
+            blocks.open(request.cache_salt, request.adapter),
+            pooling=params.pooling if isinstance(params, PoolingParams) else None,
+        )
+        for index in range(params.n)
+    ]
+    request.unfinished = len(request.sequences)
+    first = request.sequences[0]
+    first.children = request.sequences[1:]
+    first.prompt_logprobs = None if params.prompt_logprobs is None else [None]
