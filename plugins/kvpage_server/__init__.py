@@ -1,0 +1,1 @@
+"""An OpenAI-compatible server around ``kvpage.AsyncEngine``: a plugin like any other, built on public names."""
