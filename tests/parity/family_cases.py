@@ -21,6 +21,8 @@ LONGROPE = {
     "long_factor": [1.0, 1.4, 2.0, 3.0, 4.5, 7.0],
 }  # fmt: skip
 
+WINDOWS = ["sliding_attention", "full_attention", "sliding_attention"]
+
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("LlamaForCausalLM", {}),
     "llama, one KV head, tied, biases": (
@@ -195,3 +197,38 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         {"no_rope_layer_interval": 2, "use_sliding_window": True, "sliding_window": 18},
     ),
 }
+
+FALLBACK_MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "exaone4, windows, no rope in full layers": (
+        "Exaone4ForCausalLM",
+        {"sliding_window": 19, "layer_types": WINDOWS},
+    ),
+    "glm4, norms on both sides": ("Glm4ForCausalLM", {"head_dim": 16}),
+    "gpt-oss, sinks, windows, experts": (
+        "GptOssForCausalLM",
+        {
+            "sliding_window": 13,
+            "head_dim": 16,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "layer_types": WINDOWS,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+        },
+    ),
+    "granitemoe, multipliers": (
+        "GraniteMoeForCausalLM",
+        {
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "logits_scaling": 3.0,
+            "attention_multiplier": 0.2,
+        },
+    ),
+    "seed-oss": ("SeedOssForCausalLM", {"head_dim": 24}),
+    "vaultgemma, softcaps": (
+        "VaultGemmaForCausalLM",
+        {"head_dim": 16, "sliding_window": 11, "layer_types": WINDOWS},
+    ),
+    "llama, dynamic rope": ("LlamaForCausalLM", {"rope_parameters": DYNAMIC}),
+}
+"""Architectures that run through transformers' own code; of those with a family, by ``model_impl``."""
