@@ -106,8 +106,8 @@ def test_an_item_that_cannot_be_followed_is_listed_and_the_others_are(
     monkeypatch.setenv("KVPAGE_PLUGINS", f"-alpha,{item}")
     made = PluginRegistry()
     assert active(made) == ["beta", "gamma"]
-    (failed,) = [status for status in made.statuses() if status.status == "failed"]
-    assert failed.origin == "KVPAGE_PLUGINS"
+    (failed,) = [status for status in made.statuses() if status.origin == "KVPAGE_PLUGINS"]
+    assert failed.status == "failed"
     assert reason in failed.reason
     with pytest.raises(PluginError, match="KVPAGE_PLUGINS"):
         PluginRegistry(strict=True)
