@@ -14,3 +14,10 @@ class TestGatherAttention(AttentionBackendConformance):
 
 class TestNoRepeatNgram(LogitsProcessorConformance):
     processor = NoRepeatNgram
+    params = {"extra_args": {"no_repeat_ngram_size": 2}}
+    other_params = {"extra_args": {"no_repeat_ngram_size": 3}}
+    bad_params = (
+        {},
+        {"extra_args": {"no_repeat_ngram_size": 0}},
+        {"extra_args": {"no_repeat_ngram_size": "3"}},
+    )

@@ -25,7 +25,7 @@ class AttentionCaps:
         devices: torch device types ("cpu", "cuda").
         dtypes: of q, k, v ("float32", "bfloat16", "float16").
         kv_dtypes: of the cache, beyond the model's own dtype ("int8", "fp8_e4m3").
-        head_dims, block_sizes: ``None`` = any.
+        head_dims: elements a head, of K and of V; ``None`` = any. block_sizes: likewise.
         preferred_block_size: what ``block_size=None`` gives.
         graph: "decode" if a decode step may be captured in a CUDA / HIP graph.
         features: of {"window", "softcap", "sinks", "v_head_dim"}.

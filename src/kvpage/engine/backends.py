@@ -146,7 +146,7 @@ def attention_need(options: EngineOptions, spec: PagedModelSpec, device: str, dt
         device=torch.device(device).type,
         dtype=dtype,
         kv_dtype=dtype if options.kv_cache_dtype == "auto" else options.kv_cache_dtype,
-        head_dims=frozenset(m.head_dim for m in layers),
+        head_dims=frozenset(size for m in layers for size in (m.head_dim, m.v_head_dim)),
         block_size=options.block_size,
         features=frozenset(name for name, needed in features.items() if needed),
     )
