@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from kvpage.testing.attention import AttentionBackendConformance
-from kvpage.testing.logits_processors import LogitsProcessorConformance
 from kvpage_example.attention import GatherAttention
 from kvpage_example.processor import NoRepeatNgram
+
+from kvpage.testing.attention import AttentionBackendConformance
+from kvpage.testing.logits_processors import LogitsProcessorConformance
 
 
 class TestGatherAttention(AttentionBackendConformance):
