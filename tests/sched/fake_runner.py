@@ -6,20 +6,34 @@ blocks hold with the sequence's own tokens: a stale prefix hit, a missed copy or
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from zlib import crc32
 
 from kvpage.cache.tables import GroupConfig
 from kvpage.outputs import Logprob, PositionLogprobs
+from kvpage.params import Pooling, PoolingParams
 from kvpage.sched.plan import StepPlan, StepResult
 
 Draw = Callable[[int, int, int, list[int]], int]
 """(seed, position, stream, known tokens) -> the next token."""
 
 
+def state_of(token_ids: list[int]) -> float:
+    """The hidden state of the last of these tokens; sums of a few are exact in float32."""
+    return float(crc32(repr(token_ids).encode()) % 1000)
+
+
+def vector_of(pooling: Pooling, prompt: list[int]) -> array[float]:
+    """The embedding of a prompt that is computed alone; the mean is left as a sum, which is exact."""
+    positions = range(1, len(prompt) + 1) if pooling == "mean" else [len(prompt)]
+    return array("f", [sum(state_of(prompt[:end]) for end in positions)])
+
+
 @dataclass
 class Seat:
-    """What the runner keeps for a slot."""
+    """What the runner keeps for a slot; ``pooled``: the state of each position, as it was computed."""
 
     token_ids: list[int]
     prompt_length: int
@@ -27,6 +41,8 @@ class Seat:
     stream: int
     wants_prompt_logprobs: bool
     tables: list[dict[int, int]]
+    pooling: Pooling | None = None
+    pooled: list[float] = field(default_factory=list)
 
 
 @dataclass
@@ -85,6 +101,7 @@ class FakeRunner:
                 and admission.stream == 0
                 and len(admission.token_ids) == admission.prompt_length,
                 [{} for _ in self.groups],
+                admission.params.pooling if isinstance(admission.params, PoolingParams) else None,
             )
         for fork in plan.forks:
             assert fork.child not in self.seats, f"slot {fork.child} is taken"
@@ -154,6 +171,7 @@ class FakeRunner:
         for row, (slot, start, count) in enumerate(rows):
             seat = self.seats[slot]
             ends[row] = start + count
+            seat.pooled += [state_of(seat.token_ids[: end + 1]) for end in range(start, start + count)]
             if seat.wants_prompt_logprobs and start < seat.prompt_length:
                 assert plan.num_logits[row] == count
                 tokens = seat.token_ids[start + 1 : min(start + count + 1, seat.prompt_length)]
@@ -164,7 +182,17 @@ class FakeRunner:
         for row, slot in zip(plan.sample_rows, plan.sample_slots, strict=True):
             seat = self.seats[slot]
             assert ends[row] == len(seat.token_ids), "a token is drawn before all known ones are computed"
+            assert seat.pooling is None, "a token is drawn for a prompt that becomes a vector"
             drawn.append(self.draw(seat.seed, len(seat.token_ids), seat.stream, seat.token_ids))
         for slot, token in zip(plan.sample_slots, drawn, strict=True):
             self.seats[slot].token_ids.append(token)
-        return StepResult(drawn, prompt_logprobs=prompt_logprobs)
+        vectors = [
+            self._pool(slot, start + count) for slot, start, count in map(rows.__getitem__, plan.pool_rows)
+        ]
+        return StepResult(drawn, prompt_logprobs=prompt_logprobs, embeddings=vectors)
+
+    def _pool(self, slot: int, end: int) -> array[float]:
+        seat = self.seats[slot]
+        assert end == len(seat.token_ids), "a vector is made before all of the prompt is computed"
+        assert seat.pooling is not None, "a vector is made for a sequence that draws tokens"
+        return array("f", [sum(seat.pooled) if seat.pooling == "mean" else seat.pooled[-1]])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 
 from fake_runner import Draw, FakeRunner
@@ -10,6 +11,7 @@ from kvpage import SamplingParams
 from kvpage.api.scheduling import SchedulingPolicy
 from kvpage.cache.manager import BlockManager
 from kvpage.cache.tables import GroupConfig
+from kvpage.params import Pooling, PoolingParams
 from kvpage.sched.admission import SchedulerConfig
 from kvpage.sched.plan import StepPlan
 from kvpage.sched.policy import FirstComeFirstServed
@@ -52,6 +54,7 @@ class Bench:
         )
         self.runner = FakeRunner(block_size, groups, draw, tokens, seqs)
         self.finished: list[Choice] = []
+        self.embeddings: dict[str, array[float]] = {}
         self.submitted = 0
 
     def submit(
@@ -63,16 +66,20 @@ class Bench:
         salt: str | None = None,
         stops: Sequence[int] = (),
         eos: Sequence[int] = (),
+        pooling: Pooling | None = None,
         **params: object,
     ) -> Request:
-        """``prompt``: token ids, or how many different ones, not shared with any other request."""
+        """``prompt``: token ids, or how many different ones, not shared with any other request. ``pooling``: it is to
+        become a vector, by PoolingParams; else ``params`` are those of SamplingParams."""
         self.submitted += 1
         if isinstance(prompt, int):
             prompt = [10_000 * self.submitted + position for position in range(prompt)]
         request = Request(
             name or f"request-{self.submitted}",
             prompt,
-            SamplingParams(**params),  # type: ignore[arg-type]
+            SamplingParams(**params)  # type: ignore[arg-type]
+            if pooling is None
+            else PoolingParams(pooling=pooling, **params),  # type: ignore[arg-type]
             seed=self.submitted,
             arrival=self.now,
             priority=priority,
@@ -94,6 +101,7 @@ class Bench:
         commit = self.scheduler.commit(plan, self.runner.execute(plan))
         self.scheduler.check()
         self.finished += commit.finished
+        self.embeddings |= {request.request_id: vector for request, vector in commit.embeddings}
         return commit
 
     def step(self) -> StepPlan:

@@ -1,12 +1,13 @@
 """Whatever happens in whatever order: every invariant holds after every operation, every row finds exactly its own
-tokens' KV in its blocks, every sequence ends once, and what it says does not depend on what ran beside it."""
+tokens' KV in its blocks, every sequence ends once, and neither its tokens nor its vector depend on what ran beside it."""
 
 from __future__ import annotations
 
+from array import array
 from dataclasses import dataclass
 from random import Random
 
-from fake_runner import FakeRunner
+from fake_runner import FakeRunner, vector_of
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
@@ -16,6 +17,7 @@ from kvpage.api.scheduling import SchedulingPolicy
 from kvpage.cache.manager import BlockManager
 from kvpage.cache.tables import GroupConfig
 from kvpage.errors import RequestError
+from kvpage.params import Pooling, PoolingParams
 from kvpage.sched.admission import SchedulerConfig
 from kvpage.sched.plan import StepPlan
 from kvpage.sched.policy import FirstComeFirstServed, PriorityFirst
@@ -55,6 +57,18 @@ class RequestSpec:
     stops: frozenset[int]
     prompt_logprobs: int | None
     timeout: float | None
+    pooling: Pooling | None
+
+    def params(self) -> SamplingParams | PoolingParams:
+        if self.pooling is not None:
+            return PoolingParams(pooling=self.pooling, timeout=self.timeout)
+        return SamplingParams(
+            n=self.n,
+            max_tokens=self.max_tokens,
+            min_tokens=min(self.min_tokens, self.max_tokens or MAX_MODEL_LEN),
+            prompt_logprobs=self.prompt_logprobs,
+            timeout=self.timeout,
+        )
 
 
 PROMPTS = st.builds(
@@ -74,6 +88,7 @@ REQUESTS = st.builds(
     stops=st.sampled_from([frozenset(), frozenset([0])]),
     prompt_logprobs=st.sampled_from([None, None, None, 1]),
     timeout=st.sampled_from([None, None, None, 5.0]),
+    pooling=st.sampled_from([None, None, None, None, "mean", "last"]),
 )
 OUTCOMES = st.sampled_from(["commit"] * 8 + ["error", "lost", "garbage", "abort", "finish", "expire"])
 
@@ -125,6 +140,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.submitted: list[Request] = []
         self.ended: set[int] = set()
         self.prompt_logprobs: set[str] = set()
+        self.embeddings: dict[str, array[float]] = {}
         self.under_way = False
 
     # ---- what can happen ----
@@ -136,13 +152,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             request = Request(
                 f"request-{number}",
                 spec.prompt,
-                SamplingParams(
-                    n=spec.n,
-                    max_tokens=spec.max_tokens,
-                    min_tokens=min(spec.min_tokens, spec.max_tokens or MAX_MODEL_LEN),
-                    prompt_logprobs=spec.prompt_logprobs,
-                    timeout=spec.timeout,
-                ),
+                spec.params(),
                 seed=number,
                 arrival=self.clock.now,
                 priority=spec.priority,
@@ -214,8 +224,9 @@ class SchedulerMachine(RuleBasedStateMachine):
             self.scheduler.fail(plan)
             return
         result = self.runner.execute(plan)
-        if outcome == "error" and result.token_ids:
-            result.errors = {pick.randrange(len(result.token_ids)): "logits are not finite"}
+        outputs = len(result.token_ids) + len(result.embeddings)
+        if outcome == "error" and outputs:
+            result.errors = {pick.randrange(outputs): "logits are not finite"}
         if outcome == "abort":
             self.abort(pick)
         if outcome == "finish":
@@ -258,6 +269,10 @@ class SchedulerMachine(RuleBasedStateMachine):
         for sequence in commit.finished:
             assert sequence.finished
             self.end(sequence)
+        for request, embedding in commit.embeddings:
+            assert request.request_id not in self.embeddings
+            assert request.sequences[0] in commit.finished
+            self.embeddings[request.request_id] = embedding
         for request, entries in commit.prompt_logprobs:
             assert request.request_id not in self.prompt_logprobs
             self.prompt_logprobs.add(request.request_id)
@@ -271,8 +286,11 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.ended.add(id(sequence))
 
     def expect_own_text(self, sequence: Sequence) -> None:
-        """The tokens are those that the request would have got alone."""
+        """The tokens, or the vector, are those that the request would have got alone."""
         request = sequence.request
+        if isinstance(request.params, PoolingParams):
+            self.expect_own_vector(sequence, request.params)
+            return
         known = list(request.prompt_token_ids)
         reason: str | None = None
         while reason is None and len(known) < len(sequence.token_ids):
@@ -291,6 +309,15 @@ class SchedulerMachine(RuleBasedStateMachine):
             assert reason == "stop"
         if request.params.prompt_logprobs is not None and sequence.index == 0 and sequence.num_output:
             assert request.request_id in self.prompt_logprobs
+
+    def expect_own_vector(self, sequence: Sequence, params: PoolingParams) -> None:
+        prompt = list(sequence.request.prompt_token_ids)
+        assert sequence.token_ids == prompt, "a prompt that becomes a vector gained a token"
+        found = self.embeddings.get(sequence.request.request_id)
+        if (sequence.finish_reason, sequence.stop_reason) == ("stop", None):
+            assert found == vector_of(params.pooling, prompt)
+        else:
+            assert found is None, "a request that did not end well has a vector"
 
 
 SchedulerMachine.TestCase.settings = settings(
