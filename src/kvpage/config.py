@@ -50,7 +50,7 @@ class EngineOptions:
         tokenizer: folder, hub id or transformers tokenizer where it is not the model's own.
         skip_tokenizer_init: no tokenizer: token ids in, token ids out.
         tokenizer_mode: "auto", or "slow" for transformers' Python tokenizers.
-        trust_remote_code: let transformers run code that comes with a tokenizer.
+        trust_remote_code: let transformers run code that comes with a model or a tokenizer.
         revision, tokenizer_revision, download_dir, hf_token: for the hub.
         load_format: "auto" = by the files that are there, the name of a checkpoint reader ("safetensors", or a
             plugin's), or "dummy" for random weights of the model's shape.

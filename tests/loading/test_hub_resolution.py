@@ -111,3 +111,12 @@ def test_a_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "model.gguf").write_bytes(b"x")
     with pytest.raises(CheckpointError, match="is a file; give the folder"):
         resolve(str(tmp_path / "model.gguf"))
+
+
+@pytest.mark.parametrize("allowed", [False, True])
+def test_python_files_are_fetched_only_where_they_may_run(
+    allowed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = stub(monkeypatch, tmp_path, ConnectionError())
+    resolve("org/model", code=allowed)
+    assert ("*.py" in calls[0]["allow_patterns"]) == allowed

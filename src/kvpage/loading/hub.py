@@ -28,11 +28,13 @@ def resolve(
     download_dir: str | None = None,
     token: str | None = None,
     weights: bool = True,
+    code: bool = False,
 ) -> Path:
     """The folder that holds ``model``: itself if it is one, else the hub's, downloaded or from the local cache.
 
     Args:
         weights: ``False`` fetches everything but the safetensors (a tokenizer alone).
+        code: also Python files, which a user has allowed to run.
 
     Raises:
         CheckpointError: no such folder, and no such repository, or no network and not in the cache.
@@ -53,6 +55,8 @@ def resolve(
             "pip install huggingface_hub, or give a local folder"
         ) from error
 
+    wanted = [pattern for pattern in PATTERNS if weights or pattern != "*.safetensors"]
+
     def fetch(local_only: bool) -> Path:
         return Path(
             snapshot_download(
@@ -60,7 +64,7 @@ def resolve(
                 revision=revision,
                 cache_dir=download_dir,
                 token=token,
-                allow_patterns=[pattern for pattern in PATTERNS if weights or pattern != "*.safetensors"],
+                allow_patterns=[*wanted, "*.py"] if code else wanted,
                 local_files_only=local_only,
             )
         )

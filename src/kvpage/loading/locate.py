@@ -35,4 +35,5 @@ def find_folder(options: EngineOptions, *, weights: bool = True, files: Collecti
         download_dir=options.download_dir,
         token=options.hf_token,
         weights=weights,
+        code=options.trust_remote_code,
     )
