@@ -18,7 +18,7 @@ class TestNoRepeatNgram(LogitsProcessorConformance):
     params = {"extra_args": {"no_repeat_ngram_size": 2}}
     other_params = {"extra_args": {"no_repeat_ngram_size": 3}}
     bad_params = (
-        {},
+        {"extra_args": {}},
         {"extra_args": {"no_repeat_ngram_size": 0}},
         {"extra_args": {"no_repeat_ngram_size": "3"}},
     )
