@@ -51,12 +51,21 @@ class ToolParser(Protocol):
 
 ToolParserFactory = Callable[[Sequence[Tool]], ToolParser]
 
-PARSERS: dict[str, str] = {}
-"""Name, as ``--tool-call-parser`` takes it -> "module:factory", a ToolParserFactory."""
+
+@dataclass(frozen=True, slots=True)
+class ParserEntry:
+    """``factory``: "module:name" of a ToolParserFactory. ``special_tokens``: calls are marked by special tokens,
+    so these must stay in the text."""
+
+    factory: str
+    special_tokens: bool = False
+
+    def load(self) -> ToolParserFactory:
+        """The factory itself."""
+        module, _, attribute = self.factory.partition(":")
+        factory: ToolParserFactory = getattr(importlib.import_module(module), attribute)
+        return factory
 
 
-def parser_factory(name: str) -> ToolParserFactory:
-    """The factory of that name; KeyError if there is none."""
-    module, _, attribute = PARSERS[name].partition(":")
-    factory: ToolParserFactory = getattr(importlib.import_module(module), attribute)
-    return factory
+PARSERS: dict[str, ParserEntry] = {}
+"""By the name that ``--tool-call-parser`` takes."""
