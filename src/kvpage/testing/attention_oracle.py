@@ -252,6 +252,12 @@ HYPOTHESES: dict[str, Hypothesis] = {
     "block edge: the last slot of each block holds the position before it": _keys(
         lambda row, at: at.where((at % row.block_size != row.block_size - 1) | (at == 0), at - 1)
     ),
+    "block edge: the last slot of each block holds the position after it": _keys(
+        lambda row, at: at.where(at % row.block_size != row.block_size - 1, at + 1)
+    ),
+    "block edge: the first slot of each block holds the position after it": _keys(
+        lambda row, at: at.where(at % row.block_size != 0, at + 1)
+    ),
     "block edge: the last slot of each block is not read": _masked(
         lambda row, layer, here, there: (
             _windowed(row, layer) & ((there % row.block_size != row.block_size - 1) | (there == here))

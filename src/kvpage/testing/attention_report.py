@@ -8,6 +8,7 @@ import torch
 
 from kvpage.api.attention import AttentionLayer
 from kvpage.testing.attention_oracle import RowData, diagnose, exact_row
+from kvpage.testing.attention_patterns import Wrong, pattern
 from kvpage.testing.attention_rig import GUARD, Rig, Row, Step
 from kvpage.testing.suite import ConformanceError
 
@@ -77,6 +78,9 @@ def _wrong_output(
         likely += " (in the wrong rows)" if likely else ""
     if not likely and any(bool((~item[2].isfinite()).any()) for item in compared):
         likely = NOT_FINITE
+    if not likely or likely == NOT_FINITE:
+        shared = pattern([Wrong(row.first, row.count, wrong) for _, row, _, _, wrong in compared], rig.size)
+        likely = "; ".join(part for part in (shared, likely) if part)
     lines = [
         f"first wrong value at row {step.rows.index(row)}, head {head}, token {first + query} (position {position} "
         f"of {row.last}), block {position // rig.size} (pool block {slot // rig.size}, offset {slot % rig.size}), "
