@@ -106,7 +106,7 @@ class LogitsProcessorConformance(ConformanceSuite):
         """A sequence's logits are the same alone and beside others, which come, go and gain other tokens."""
         alone = self._follow(self.processor(), self._sequence(0), 6)
         made, mine = self.processor(), self._sequence(0)
-        others = [self._sequence(slot, other=slot % 2 == 1) for slot in (1, 2, 3)]
+        others = [self._sequence(slot, other=slot % 2 == 1, seed=slot) for slot in (1, 2, 3)]
         self._admit(made, mine)
         for step, expected in enumerate(alone):
             if step < len(others):
@@ -123,7 +123,7 @@ class LogitsProcessorConformance(ConformanceSuite):
 
     def test_order_of_rows_does_not_matter(self) -> None:
         """``slots`` says which row belongs to whom: any order, any subset."""
-        made, rows = self.processor(), [self._sequence(slot, other=slot == 1) for slot in range(4)]
+        made, rows = self.processor(), [self._sequence(slot, other=slot == 1, seed=slot) for slot in range(4)]
         for row in rows:
             self._admit(made, row)
             self._advance(made, row)

@@ -21,7 +21,8 @@ A scheme that quantizes plain weights needs no samples. ``load`` does what the e
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
@@ -173,9 +174,11 @@ class QuantSchemeConformance(ConformanceSuite):
                 "none": order[:0],
             }
             for name, rows in choices.items():
-                part = form.take(rows)
+                with _blamed(f"take ({name})", spec.name):
+                    part = form.take(rows)
+                    values = part.dequantize()
                 require(type(part) is type(form), "take", f"{spec.name!r}: take() gave {type(part).__name__}")
-                require_equal(f"take ({name})", part.dequantize(), whole[rows], MATRIX, spec.name)
+                require_equal(f"take ({name})", values, whole[rows], MATRIX, spec.name)
             twice = form.take(order).take(order)
             require_equal("take of a take", twice.dequantize(), whole[order[order]], MATRIX, spec.name)
 
@@ -271,11 +274,12 @@ class QuantSchemeConformance(ConformanceSuite):
                     out_features=size if by_outputs else spec.out_features,
                 )
                 scheme = self.scheme.from_checkpoint(given.config, given.view())
-                got = scheme.to_form(part, cut).dequantize()
                 expected_part = whole.narrow(0 if by_outputs else 1, rank * size, size)
                 note = (
                     f"{spec.name}: {spec.cut} {rank * size} to {(rank + 1) * size} of rank {rank} of {ranks}"
                 )
+                with _blamed("tensor-parallel slice", note):
+                    got = scheme.to_form(part, cut).dequantize()
                 if self.scheme.quantizes_plain and not by_outputs:
                     # Each rank quantizes its own inputs, with scales of its own.
                     weight = given.tensors[f"{spec.name}.weight"].float()
@@ -333,6 +337,15 @@ def plain_samples() -> Mapping[str, QuantSample]:
         name = str(dtype).removeprefix("torch.")
         samples[name] = QuantSample(config={}, tensors=tensors, linears=specs)
     return samples
+
+
+@contextmanager
+def _blamed(property: str, what: str) -> Iterator[None]:
+    """Whatever a form raises is the finding."""
+    try:
+        yield
+    except Exception as error:
+        raise ConformanceError(property, f"{what}: {type(error).__name__}: {error}") from error
 
 
 def _rows(form: WeightForm, first: int, last: int) -> WeightForm:
