@@ -80,7 +80,7 @@ def _wrong_output(
         likely = NOT_FINITE
     if not likely or likely == NOT_FINITE:
         shared = pattern([Wrong(row.first, row.count, wrong) for _, row, _, _, wrong in compared], rig.size)
-        likely = "; ".join(part for part in (shared, likely) if part)
+        likely = "; ".join(part for part in (likely, shared) if part)
     lines = [
         f"first wrong value at row {step.rows.index(row)}, head {head}, token {first + query} (position {position} "
         f"of {row.last}), block {position // rig.size} (pool block {slot // rig.size}, offset {slot % rig.size}), "
