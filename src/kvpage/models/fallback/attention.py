@@ -61,11 +61,9 @@ def attention_function(
     return step.attend_module(module, query, key, value, attention_mask, keywords), None
 
 
-def recorded_mask(
-    *, batch_size: int, q_length: int, kv_length: int, mask_function: Any, device: Any = None, **_: Any
-) -> torch.Tensor:
-    """A mask of the usual shape and no content, which carries the rule it would be made by."""
-    mask = torch.zeros((batch_size, 1, q_length, kv_length), device=device)
+def recorded_mask(*, batch_size: int, kv_length: int, mask_function: Any, **_: Any) -> torch.Tensor:
+    """A mask of the usual shape (a probe has no past) and no content, which carries the rule it would be made by."""
+    mask = torch.empty((batch_size, 1, kv_length, kv_length), device="meta")
     mask.kvpage_rule = mask_function  # type: ignore[attr-defined]
     return mask
 

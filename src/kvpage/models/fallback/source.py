@@ -23,6 +23,8 @@ from kvpage.models.hf_config import HFConfig
 
 Allocate = Callable[[Sequence[int], torch.dtype], torch.Tensor]
 _QUIET = threading.Lock()
+OLDEST = 5
+"""transformers' major version whose masks and loading this is written against."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,11 +107,14 @@ def attending_as(model: Any, implementation: str) -> Iterator[None]:
 def quiet_transformers() -> Iterator[None]:
     """No progress bars and reports on the host's stderr while transformers works for us; all is put back."""
     try:
+        from transformers import __version__ as version
         from transformers.utils import logging
     except ImportError as error:
         raise Refused(
             "running it through transformers needs that package: pip install 'kvpage[transformers]'"
         ) from error
+    if int(version.partition(".")[0]) < OLDEST:
+        raise Refused(f"running it through transformers needs version {OLDEST} or newer, found {version}")
     with _QUIET:
         verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
         logging.set_verbosity_error()
