@@ -22,6 +22,7 @@ if TYPE_CHECKING:
         PluginError,
         QueueFullError,
         RequestError,
+        TooLongError,
     )
     from kvpage.hookspecs import hookimpl
     from kvpage.outputs import CompletionOutput, EmbeddingOutput, Logprob, RequestOutput, TokenEvent
@@ -42,6 +43,7 @@ _NAMES = {
     "PluginError": "kvpage.errors",
     "QueueFullError": "kvpage.errors",
     "RequestError": "kvpage.errors",
+    "TooLongError": "kvpage.errors",
     "hookimpl": "kvpage.hookspecs",
     "CompletionOutput": "kvpage.outputs",
     "EmbeddingOutput": "kvpage.outputs",
@@ -73,6 +75,7 @@ __all__ = [
     "RequestOutput",
     "SamplingParams",
     "TokenEvent",
+    "TooLongError",
     "__version__",
     "hookimpl",
 ]
