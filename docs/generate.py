@@ -1,4 +1,4 @@
-"""Makes the pages that follow from the code: the hook reference, and the table of model families.
+"""Makes the pages that follow from the code: the hook reference, the table of model families, vLLM's flags.
 
 python docs/generate.py            # write them
 python docs/generate.py --check    # exit 1 where a page is not what the code says
@@ -19,6 +19,7 @@ from types import FunctionType
 
 from kvpage import PluginRegistry, hookspecs
 from kvpage.api import API_VERSION, records
+from kvpage_server.vllm_flags import VLLM_VERSION, flag_reference
 
 DOCS = Path(__file__).resolve().parent
 CASES = DOCS.parent / "tests" / "parity" / "family_cases.py"
@@ -36,6 +37,7 @@ def main() -> int:
     pages = {
         DOCS / "plugins" / "hooks.md": hook_reference(),
         models: replace_generated(models.read_text(encoding="utf-8"), family_table()),
+        DOCS / "server" / "flags.md": flags_page(),
     }
     stale = [
         path for path, text in pages.items() if not path.is_file() or path.read_text(encoding="utf-8") != text
@@ -98,6 +100,24 @@ def family_table() -> str:
         tested = [case for name in record.architectures for case in shown.get(name, [])]
         lines.append(f"| {record.name} | {names} | {'; '.join(tested)} |")
     return "\n".join(lines)
+
+
+def flags_page() -> str:
+    """The page of vLLM's flags, and what each does at ``kvpage serve``."""
+    return f"""# Flags of vLLM
+
+{BEGIN}
+
+Every flag of `vllm serve` {VLLM_VERSION}, and older ones that compose files still hold. *Implemented* flags do what
+they do there, but for what the line says. *Ignored* flags are harmless: they are left out with one warning, and kvpage
+does what the line says. *Refused* flags end `kvpage serve` with status 2 and the reason, but for the accepted values;
+most name a feature that has not landed yet. `_` and `-` are the same in flags, and dotted forms
+(`--speculative-config.method`) are answered as the flag they belong to.
+
+{flag_reference()}
+
+{END}
+"""
 
 
 def replace_generated(page: str, text: str) -> str:
