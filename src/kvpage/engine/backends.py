@@ -91,7 +91,12 @@ def with_backends(
 ) -> Resolved:
     """``config`` with what was chosen, and why, and by which path the model runs; told to the log in one line."""
     LOG.info("attention backend %s, decoder %s", attention.record.name, decoder)
-    reasons = {**config.reasons, "attention_backend": attention.reason, "decoder_backend": reason, "model_impl": path}
+    reasons = {
+        **config.reasons,
+        "attention_backend": attention.reason,
+        "decoder_backend": reason,
+        "model_impl": path,
+    }
     return replace(config, attention_backend=attention.record.name, decoder_backend=decoder, reasons=reasons)
 
 

@@ -58,7 +58,9 @@ def find_model(options: EngineOptions, registry: PluginRegistry, *, weights: boo
                 f"model must be a folder, a hub id, 'demo' or a transformers model, got {model!r:.80}"
             )
         return Source(None, model, living_config(model))
-    path = find_folder(options, weights=weights, files=[pattern for record in readers for pattern in record.files])
+    path = find_folder(
+        options, weights=weights, files=[pattern for record in readers for pattern in record.files]
+    )
     record = choose_reader(readers, options.load_format, path).record
     reader = open_reader(record, path)
     folder = path.parent if path.is_file() else path
