@@ -39,6 +39,11 @@ class ToolParser(Protocol):
     parser never raises, whatever the model wrote.
     """
 
+    @staticmethod
+    def force(name: str | None) -> str:
+        """Text that begins a call of ``name``, up to where its arguments begin, or of any tool: put behind the
+        prompt, it leaves a model no choice but to go on with the call."""
+
     def parse(self, text: str) -> tuple[str, list[ToolCall]]:
         """(content outside the calls, the calls in order) of a whole text."""
 
@@ -67,5 +72,9 @@ class ParserEntry:
         return factory
 
 
-PARSERS: dict[str, ParserEntry] = {}
+PARSERS: dict[str, ParserEntry] = {
+    "hermes": ParserEntry("kvpage_server.tools.hermes:HermesParser", special_tokens=True),
+    "llama3_json": ParserEntry("kvpage_server.tools.llama3_json:Llama3JsonParser", special_tokens=True),
+    "llama4_json": ParserEntry("kvpage_server.tools.llama3_json:Llama3JsonParser", special_tokens=True),
+}
 """By the name that ``--tool-call-parser`` takes."""
