@@ -75,7 +75,8 @@ class EngineOptions:
             attention in paged KV, slower; "kvpage" or "transformers" takes that path or refuses.
         attention_backend: name of a registered backend; ``None`` = the best that fits.
         decoder_backend: name of a registered decoder backend; ``None`` = the best that fits.
-        quantization: quantization scheme, by name; none has landed yet.
+        quantization: quantization scheme, by name: "int8" quantizes plain weights while they load. A quantized
+            checkpoint names its own.
         tensor_parallel_size: ranks the model is split over; more than 1 has not landed yet.
         seed: makes requests without a seed of their own repeatable in submission order; ``None`` = entropy.
         max_logprobs: most top log-probabilities a request may ask for; -1 = no limit.

@@ -51,6 +51,12 @@ def continued(engine: Engine, text: str) -> str:
     )
 
 
+def test_generate_quantizes_while_loading(capsys: pytest.CaptureFixture[str], checkpoint: str) -> None:
+    with Engine(checkpoint, load_format="dummy", num_kv_blocks=64, quantization="int8") as engine:
+        expected = continued(engine, "hello")
+    assert generate(capsys, checkpoint, "--raw", "--quantization", "int8", "hello") == expected + "\n"
+
+
 def test_a_prompt_is_asked_through_the_chat_template(
     checkpoint: str, engine: Engine, capsys: pytest.CaptureFixture[str]
 ) -> None:

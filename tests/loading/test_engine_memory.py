@@ -110,6 +110,7 @@ CONFIG = {
 LOADING = """
 import json, sys, torch
 from pathlib import Path
+from kvpage.builtin.int8 import Int8PerChannel
 from kvpage.loading.memory import Arena
 from kvpage.loading.readers import open_checkpoint
 from kvpage.loading.weights import load_weights
@@ -120,11 +121,12 @@ def status(key):
     return next(int(l.split()[1]) * 1024 for l in open("/proc/self/status") if l.startswith(key + ":"))
 
 definition = llama.translate(HFConfig(json.loads(sys.argv[1])), max_model_len=None)
-for dtype in (torch.float32, torch.bfloat16):
+for dtype, scheme in ((torch.float32, None), (torch.bfloat16, None), (torch.bfloat16, Int8PerChannel())):
     torch.ones(64, 64).to(dtype)  # what torch itself allocates at the first conversion is not the loader's
     arena, before = Arena(), status("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")
-    loaded = load_weights(definition, open_checkpoint(Path(sys.argv[2])), dtype=dtype, device="cpu", arena=arena)
+    loaded = load_weights(definition, open_checkpoint(Path(sys.argv[2])), dtype=dtype, device="cpu", arena=arena,
+                          scheme=scheme)
     print(arena.allocated_bytes, status("VmHWM") - before)
     del loaded
     arena.close()
@@ -143,8 +145,13 @@ def test_peak_memory_of_a_load_is_the_weights_and_a_tenth(tmp_path: Path) -> Non
         check=True,
         timeout=60,
     )
-    for line in done.stdout.splitlines():
-        weights, peak = (int(word) for word in line.split())
+    plain, narrow, int8 = ([int(word) for word in line.split()] for line in done.stdout.splitlines())
+    for weights, peak in (plain, narrow):
         assert weights > 50 * MIB
         assert peak < 1.1 * weights + 2 * MIB, f"{peak} bytes at peak for {weights} bytes of weights"
-    assert len(done.stdout.splitlines()) == 2
+    # Quantizing needs one matrix as the checkpoint has it, and its codes, beside what is loaded already.
+    (weights, peak), matrix = int8, 5 * 512 * 1536
+    assert weights < 0.75 * narrow[0]
+    assert peak < 1.1 * weights + matrix + 4 * MIB, (
+        f"{peak} bytes at peak for {weights} bytes of int8 weights"
+    )

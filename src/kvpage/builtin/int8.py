@@ -18,8 +18,8 @@ from kvpage.api.quant import (
 from kvpage.errors import CheckpointError
 
 LEVELS = 127
-ROWS_AT_ONCE = 1024
-"""Outputs whose float32 values exist at one time."""
+BYTES_AT_ONCE = 2**20
+"""Of the float32 values that exist at one time."""
 
 
 class Int8PerChannel(QuantScheme):
@@ -46,8 +46,9 @@ class Int8PerChannel(QuantScheme):
         weight = tensors["weight"]
         codes = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
         scales = torch.empty(weight.shape[:1], dtype=torch.float32, device=weight.device)
-        for start in range(0, weight.shape[0], ROWS_AT_ONCE):
-            rows = slice(start, start + ROWS_AT_ONCE)
+        step = max(1, BYTES_AT_ONCE // (4 * max(1, weight.shape[1])))
+        for start in range(0, weight.shape[0], step):
+            rows = slice(start, start + step)
             values = weight[rows].float()
             scale = values.abs().amax(1) / LEVELS
             if not bool(scale.isfinite().all()):

@@ -201,10 +201,10 @@ class _Loader:
         return torch.empty(shape, dtype=dtype, device=self._device)
 
     def _read_plain(self, parameter: Parameter) -> torch.Tensor:
-        """One weight [out, in] in the checkpoint's dtype, for as long as the caller keeps it."""
+        """One weight [out, in] in the checkpoint's dtype; its memory goes back to the system with it."""
         ref = self._refs[parameter.name]
         dtype: torch.dtype = getattr(torch, self._view.info(ref.name).dtype)
-        weight = torch.empty(parameter.shape, dtype=dtype, device="cpu")
+        weight = Arena().allocate(parameter.shape, dtype)
         self._fill(weight, ref)
         return weight
 
