@@ -17,3 +17,4 @@ class TestInt8Linear(LinearKernelConformance):
 
 class TestDequantizeLinear(LinearKernelConformance):
     kernel = DequantizeLinear
+    dtypes = ("float32", "bfloat16")
