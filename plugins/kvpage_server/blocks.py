@@ -103,7 +103,8 @@ class BlockWatch:
 
 def pack_map(block_map: BlockMap) -> dict[str, Any]:
     """The block map for JSON, runs of equal blocks in one piece."""
-    holding, waiting = [], []
+    holding: list[SequenceView] = []
+    waiting: list[SequenceView] = []
     for sequence in block_map.sequences:
         holds = sequence.state == "running" or any(any(table) for table in sequence.tables)
         (holding if holds else waiting).append(sequence)
