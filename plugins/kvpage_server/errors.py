@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from kvpage import EngineDeadError, KvpageError, QueueFullError, RequestError
+from kvpage import EngineDeadError, KvpageError, QueueFullError, RequestError, TooLongError
 
 
 class ApiError(Exception):
@@ -40,12 +40,20 @@ def not_implemented(message: str, param: str | None = None) -> ApiError:
     return ApiError(501, message, kind="NotImplementedError", param=param)
 
 
+def shutting_down() -> ApiError:
+    """503: the server takes no more requests, or ended this one."""
+    return ApiError(
+        503, "the server is shutting down", kind="ServiceUnavailableError", headers={"Retry-After": "1"}
+    )
+
+
 def from_engine(error: KvpageError, *, overload_status: int = 503) -> ApiError:
     """What the engine raised, as an answer."""
     if isinstance(error, QueueFullError):
-        return ApiError(
-            overload_status, str(error), kind="ServiceUnavailableError", headers={"Retry-After": "1"}
-        )
+        kind = "RateLimitError" if overload_status == 429 else "ServiceUnavailableError"
+        return ApiError(overload_status, str(error), kind=kind, headers={"Retry-After": "1"})
+    if isinstance(error, TooLongError) and error.param == "prompt":
+        return bad_request(str(error), "input_tokens")
     if isinstance(error, RequestError):
         return bad_request(str(error), error.param)
     if isinstance(error, EngineDeadError):

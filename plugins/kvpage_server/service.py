@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from dataclasses import dataclass, field
+from typing import Protocol
 
-from kvpage import AsyncEngine, PluginRegistry
+from kvpage import AsyncEngine, PluginRegistry, __version__
 from kvpage_server.errors import ApiError
 from kvpage_server.settings import ServerSettings
+
+
+class Cancellable(Protocol):
+    """A request in the engine."""
+
+    def cancel(self) -> None:
+        """End it; nothing where it has ended."""
 
 
 @dataclass(slots=True)
@@ -18,6 +27,7 @@ class Service:
         created: seconds since 1970 at which the server started; "created" of its models.
         draining: takes no more requests.
         load: requests being answered now.
+        open: requests in the engine, to be cancelled where the server must end.
     """
 
     engine: AsyncEngine
@@ -26,6 +36,22 @@ class Service:
     created: int = field(default_factory=lambda: int(time.time()))
     draining: bool = False
     load: int = 0
+    open: set[Cancellable] = field(default_factory=set)
+    fingerprint: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        what = f"{self.settings.model_path} {self.engine.config.dtype} {self.max_model_len}"
+        self.fingerprint = f"kvpage-{__version__}-{hashlib.sha256(what.encode()).hexdigest()[:8]}"
+
+    @property
+    def max_model_len(self) -> int:
+        """Most tokens of a sequence, prompt included."""
+        return int(self.engine.config.max_model_len)
+
+    def cancel_all(self) -> None:
+        """End every request that is in the engine."""
+        for request in list(self.open):
+            request.cancel()
 
     def model_name(self, asked: str | None) -> str:
         """The name to answer with.
@@ -40,7 +66,7 @@ class Service:
             return asked
         raise ApiError(
             404,
-            f"The model `{asked}` does not exist; served here: {', '.join(names)}.",
+            f"The model `{asked[:200]}` does not exist; served here: {', '.join(names)}.",
             kind="NotFoundError",
             param="model",
         )

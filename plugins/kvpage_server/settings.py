@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from kvpage.params import Pooling
+
 MIB = 2**20
 
 
@@ -32,9 +34,11 @@ class ServerSettings:
         sse_keep_alive: seconds between comments on an idle stream; 0 = none.
         keep_alive_on_engine_death: stay up and answer 500 after the engine died.
         log_requests: one JSON line a request. max_log_len: characters of a prompt in it.
-        metrics_prefix: of every metric's name ("kvpage:", "vllm:").
+        metrics_prefix: of every metric's name ("kvpage:", "vllm:"); several, with commas between them, for the same
+            values under each.
+        pooling: which hidden states make an embedding: that of the "last" token, or the "mean".
         root_path: where a proxy mounts the server.
-        allowed_origins: of CORS; empty = CORS off.
+        allowed_origins: of CORS; empty = CORS off. allow_credentials: CORS lets cookies through.
     """
 
     model_names: tuple[str, ...]
@@ -63,5 +67,7 @@ class ServerSettings:
     log_requests: bool = False
     max_log_len: int | None = None
     metrics_prefix: str = "kvpage:"
+    pooling: Pooling = "last"
     root_path: str = ""
     allowed_origins: tuple[str, ...] = ()
+    allow_credentials: bool = False

@@ -254,7 +254,7 @@ class AsyncEngine:
         return handle
 
     def render_chat(self, messages: Sequence[Message], **template_options: Any) -> str:
-        """The prompt text that ``chat`` would send."""
+        """The prompt text that ``chat`` would send; ``chat_template=`` gives a template for this one call."""
         return self._inputs.render_chat(messages, **template_options)
 
     def abort(self, request_id: str) -> None:

@@ -267,7 +267,7 @@ class Engine:
             return take_snapshot(self._core.scheduler)
 
     def render_chat(self, messages: Sequence[Message], **template_options: Any) -> str:
-        """The prompt text that ``chat`` would send."""
+        """The prompt text that ``chat`` would send; ``chat_template=`` gives a template for this one call."""
         return self._parts.inputs.render_chat(messages, **template_options)
 
     def reset_prefix_cache(self) -> bool:

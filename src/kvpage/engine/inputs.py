@@ -132,9 +132,14 @@ class InputProcessor:
         text = self.render_chat(messages, **template_options)
         return text, self._need_tokenizer().encode(text, add_special_tokens=False)
 
-    def render_chat(self, messages: Sequence[Message], **template_options: Any) -> str:
-        """The conversation as the model's chat template writes it."""
-        return self._templates.render(messages, template_options)
+    def render_chat(
+        self, messages: Sequence[Message], *, chat_template: str | None = None, **template_options: Any
+    ) -> str:
+        """The conversation as the model's chat template writes it, or as ``chat_template`` does."""
+        if chat_template is None:
+            return self._templates.render(messages, template_options)
+        special_tokens = {} if self.tokenizer is None else self.tokenizer.special_tokens
+        return ChatTemplate(chat_template, special_tokens).render(messages, **template_options)
 
     def chat_request(
         self, messages: Sequence[Message], params: SamplingParams | None, *, request_id: str | None = None,
