@@ -56,11 +56,9 @@ def explain_unknown_flag(flag: str, value: str | None = None) -> ForeignFlag | N
         return ForeignFlag("ignored", FLAGS[SHORTS["-O"]].reason, 0)
     name, dot, _ = flag.partition(".")
     name = SHORTS.get(name, name)
-    positive = name.replace("--no-", "--", 1) if name.startswith("--no-") else None
-    if positive in FLAGS and FLAGS[positive].values == 0 and not dot:
-        known = FLAGS[positive]
-        # Without the feature: that is how kvpage runs.
-        return known if known.fate == "ignored" else ForeignFlag("ignored", "it is off anyway", 0)
+    feature = FLAGS.get(name.replace("--no-", "--", 1)) if name.startswith("--no-") else None
+    if feature is not None and feature.values == 0 and not dot:
+        return feature if feature.fate == "ignored" else ForeignFlag("ignored", "it is off anyway", 0)
     answer = FLAGS.get(name)
     if answer is None or (dot and answer.values == 0):
         return None

@@ -1,4 +1,4 @@
-"""``kvpage bench throughput|latency``: vLLM's flags and result keys."""
+"""``kvpage bench throughput|latency|serve``: vLLM's flags and result keys."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from kvpage.cli import bench_serve
 from kvpage.cli.collect_env import environment
 from kvpage.cli.main import OK
+from kvpage.cli.percentiles import percentile
 from kvpage.cli.session import Stopwatch, check_output, open_engine, write_file
 from kvpage.cli.signals import undivided
 from kvpage.cli.workload import has_tokenizer, random_prompts, vocabulary_size
@@ -30,16 +32,21 @@ Seconds that one batch takes from submission to its last token; the prefix cache
 
 def run(arguments: Sequence[str]) -> int:
     """The command."""
-    benches: dict[str, Callable[[Sequence[str]], int]] = {"throughput": throughput, "latency": latency}
+    benches: dict[str, Callable[[Sequence[str]], int]] = {
+        "throughput": throughput,
+        "latency": latency,
+        "serve": bench_serve.run,
+    }
     if not arguments or arguments[0] not in benches:
         if arguments and arguments[0] in ("-h", "--help"):
             print(
                 f"usage: kvpage bench {{{','.join(benches)}}} [MODEL] [FLAGS]\n\n"
-                f"throughput  {THROUGHPUT}\n\nlatency     {LATENCY}"
+                f"throughput  {THROUGHPUT}\n\nlatency     {LATENCY}\n\n"
+                f"serve       {bench_serve.DESCRIPTION}"
             )
             return OK
         raise UsageError(
-            f"kvpage bench: say what to measure, {' or '.join(benches)}"
+            f"kvpage bench: say what to measure, {', '.join(benches)}"
             + (f", not {arguments[0]!r}" if arguments else "")
         )
     return benches[arguments[0]](arguments[1:])
@@ -112,15 +119,6 @@ def latency(arguments: Sequence[str]) -> int:
         f"{percent}% percentile latency: {seconds:.4f} seconds" for percent, seconds in percentiles.items()
     ]
     return _report(namespace, result, "\n".join(lines))
-
-
-def percentile(values: Sequence[float], percent: float) -> float:
-    """By linear interpolation between the two nearest, as numpy does."""
-    ordered = sorted(values)
-    place = (len(ordered) - 1) * percent / 100
-    low = int(place)
-    high = min(low + 1, len(ordered) - 1)
-    return ordered[low] + (ordered[high] - ordered[low]) * (place - low)
 
 
 def _parser(prog: str, description: str, *, input_len: int, output_len: int) -> CommandParser:
