@@ -157,6 +157,7 @@ def split(text: str, cuts: Sequence[int]) -> list[str]:
     cuts=st.lists(st.integers(0, 200), max_size=6),
 )
 @example(pieces=["<tool_call>", '{"name": "add", "arguments": {}}', "\n" * 70, "x"], cuts=[40])
+@example(pieces=["<|python_tag|>", " " * 64, '{"name": "add", "parameters": {}}'], cuts=[])
 def test_however_a_text_is_split_the_deltas_add_up_to_the_same(
     name: str, pieces: list[str], cuts: list[int]
 ) -> None:

@@ -46,7 +46,7 @@ class Llama3JsonParser(JsonCallParser):
             elif tag >= 0:
                 place = tag + len(TAG)
                 brace = _skip_space(text, place)
-                if brace == len(text) and brace - place < MOST_SPACE:
+                if brace == len(text):
                     start = space_before(text, tag)
                     return start, None
                 if text.startswith("{", brace):
