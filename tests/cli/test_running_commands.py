@@ -293,7 +293,7 @@ def test_latency_has_vllm_s_keys(checkpoint: str, capsys: pytest.CaptureFixture[
 @pytest.mark.parametrize(
     ("arguments", "word"),
     [
-        (["bench"], "throughput or latency"),
+        (["bench"], "throughput, latency or serve"),
         (["bench", "speed"], "'speed'"),
         (["bench", "latency", "--batch-size", "0"], "--batch-size must be at least 1"),
     ],

@@ -46,7 +46,7 @@ def run(arguments: Sequence[str]) -> int:
             )
             return OK
         raise UsageError(
-            f"kvpage bench: say what to measure, {', '.join(benches)}"
+            "kvpage bench: say what to measure, throughput, latency or serve"
             + (f", not {arguments[0]!r}" if arguments else "")
         )
     return benches[arguments[0]](arguments[1:])

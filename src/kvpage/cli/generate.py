@@ -28,7 +28,11 @@ DEFAULT_MAX_TOKENS = 512
 
 def run(arguments: Sequence[str]) -> int:
     """The command."""
-    namespace = make_parser().parse_arguments(arguments)
+    return answer(make_parser("kvpage generate", DESCRIPTION).parse_arguments(arguments))
+
+
+def answer(namespace: argparse.Namespace) -> int:
+    """Answer or continue what the flags say."""
     params = sampling_params(namespace, max_tokens=DEFAULT_MAX_TOKENS)
     prompts = read_prompts(namespace.prompts)
     with open_engine(namespace) as engine, interruptible() as asked_to_stop:
@@ -53,19 +57,21 @@ def run(arguments: Sequence[str]) -> int:
     return OK
 
 
-def make_parser() -> CommandParser:
-    """The flags of the command."""
-    parser = CommandParser("kvpage generate", DESCRIPTION, "[PROMPT ...]")
+def make_parser(prog: str, description: str, *, raw: bool = False) -> CommandParser:
+    """The flags of the command; ``raw``: those of one that only ever continues text."""
+    parser = CommandParser(prog, description, "[PROMPT ...]")
     parser.add_argument("prompts", metavar="PROMPT", nargs="*", help="text; - is stdin")
     parser.add_argument(
         "--model", metavar="MODEL", help="folder, hub id, or demo, which comes with kvpage [demo]"
     )
-    style = parser.add_mutually_exclusive_group()
-    style.add_argument(
-        "--chat", action="store_true", help="ask through the chat template; an error if there is none"
-    )
-    style.add_argument("--raw", action="store_true", help="continue the text as it stands")
-    parser.add_argument("--system", metavar="TEXT", help="a system message before each question")
+    parser.set_defaults(chat=False, raw=raw, system=None)
+    if not raw:
+        style = parser.add_mutually_exclusive_group()
+        style.add_argument(
+            "--chat", action="store_true", help="ask through the chat template; an error if there is none"
+        )
+        style.add_argument("--raw", action="store_true", help="continue the text as it stands")
+        parser.add_argument("--system", metavar="TEXT", help="a system message before each question")
     parser.add_argument("--stats", action="store_true", help="tokens and times on stderr at the end")
     parser.add_argument("--json", action="store_true", help="a JSON object a prompt, when it is finished")
     add_sampling_flags(parser, max_tokens=DEFAULT_MAX_TOKENS)

@@ -50,16 +50,17 @@ class Command:
 
 COMMANDS: tuple[Command, ...] = (
     Command("generate", "answer or continue prompts; text streams as it is made", "kvpage.cli.generate:run"),
-    Command("chat", "talk to a model in the terminal", "kvpage.cli.chat:run"),
+    Command("complete", "go on with a text as it stands", "kvpage.cli.complete:run"),
+    Command("chat", "talk to a model in the terminal, or to a server", "kvpage.cli.chat:run"),
     Command("plan", "will a model fit: weights, KV memory, sequences at once", "kvpage.cli.plan:run"),
     Command("inspect", "run a small load and draw the block map", "kvpage.cli.inspect:run"),
-    Command("bench", "measure throughput or latency", "kvpage.cli.bench:run"),
+    Command("bench", "measure throughput, latency, or a running server", "kvpage.cli.bench:run"),
     Command("plugins", "list, explain and check plugins", "kvpage.cli.plugins:run"),
     Command("collect-env", "what a bug report needs to know of this machine", "kvpage.cli.collect_env:run"),
 )
 NOT_YET = {"serve": "the server", "run-batch": "the server"}
 """Commands that are known by name and have not landed, with the part that brings them."""
-TAKE_SAMPLING_FLAGS = ("generate", "chat")
+TAKE_SAMPLING_FLAGS = ("generate", "complete", "chat")
 OUTPUT_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF)
 """What writing ends in where the disk, or whatever takes our output, does not take it."""
 
