@@ -9,13 +9,14 @@ import os
 import re
 import shutil
 import subprocess
-import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from types import TracebackType
+from tempfile import TemporaryDirectory
 from typing import Any
 
-from websockets.sync.client import connect
+from websockets.sync.client import ClientConnection, connect
 
 PROGRAMS = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome")
 FLAGS = (
@@ -31,60 +32,58 @@ def find_chromium() -> str | None:
     return next(filter(None, map(shutil.which, PROGRAMS)), None)
 
 
+@contextmanager
+def running_chromium(
+    program: str, *, width: int = 1280, height: int = 900, dark: bool = False
+) -> Iterator[Chromium]:
+    """A browser process with one empty page, until the block ends."""
+    # Chromium's sandbox refuses to run as root, which is what containers and CI are.
+    rights = ("--no-sandbox",) if os.geteuid() == 0 else ()
+    with ExitStack() as stack:
+        folder = stack.enter_context(TemporaryDirectory(prefix="kvpage-browser-", ignore_cleanup_errors=True))
+        log = stack.enter_context(open(Path(folder) / "log", "w+", encoding="utf-8", errors="replace"))
+        process = subprocess.Popen(
+            [program, *FLAGS, *rights, f"--user-data-dir={folder}", "about:blank"], stdout=log, stderr=log
+        )
+        stack.callback(process.wait, timeout=10)
+        stack.callback(process.terminate)
+        address = _listening(process, Path(log.name))
+        socket = stack.enter_context(connect(address, max_size=64 * 2**20, compression=None, proxy=None))
+        browser = Chromium(socket)
+        size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
+        browser.command("Emulation.setDeviceMetricsOverride", **size)
+        scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
+        browser.command("Emulation.setEmulatedMedia", features=[scheme])
+        yield browser
+
+
+def _listening(process: subprocess.Popen[bytes], log: Path) -> str:
+    deadline = time.monotonic() + 30
+    while process.poll() is None and time.monotonic() < deadline:
+        text = log.read_text(encoding="utf-8", errors="replace")
+        if found := re.search(r"DevTools listening on (ws://\S+)\n", text):
+            return found.group(1)
+        time.sleep(0.02)
+    raise RuntimeError(f"Chromium does not listen:\n{log.read_text(encoding='utf-8', errors='replace')}")
+
+
 class Chromium:
-    """A browser process with one page. Use it in a ``with`` statement.
+    """One page of a running browser.
 
     Attributes:
         problems: errors and warnings of the console, exceptions, violations of the content security policy.
         addresses: what the page asked for, in order.
     """
 
-    def __init__(self, program: str, *, width: int = 1280, height: int = 900, dark: bool = False) -> None:
+    def __init__(self, socket: ClientConnection) -> None:
         self.problems: list[str] = []
         self.addresses: list[str] = []
         self._numbers = itertools.count(1)
-        self._folder = tempfile.mkdtemp(prefix="kvpage-browser-")
-        # Chromium's sandbox refuses to run as root, which is what containers and CI are.
-        rights = ("--no-sandbox",) if os.geteuid() == 0 else ()
-        self._process = subprocess.Popen(
-            [program, *FLAGS, *rights, f"--user-data-dir={self._folder}", "about:blank"],
-            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-        )  # fmt: skip
-        self._session = ""
-        self._socket = connect(self._listening(), max_size=64 * 2**20, compression=None, proxy=None)
+        self._socket, self._session = socket, ""
         target = self.command("Target.createTarget", url="about:blank")["targetId"]
         self._session = self.command("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
         for domain in ("Page", "Runtime", "Log", "Network", "Audits"):
             self.command(f"{domain}.enable")
-        self.command(
-            "Emulation.setDeviceMetricsOverride",
-            width=width,
-            height=height,
-            deviceScaleFactor=1,
-            mobile=False,
-        )
-        scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
-        self.command("Emulation.setEmulatedMedia", features=[scheme])
-
-    def _listening(self) -> str:
-        assert self._process.stderr is not None
-        for line in self._process.stderr:
-            if found := re.search(r"DevTools listening on (ws://\S+)", line):
-                return found.group(1)
-        raise RuntimeError(f"Chromium ended with status {self._process.wait()} before it listened")
-
-    def __enter__(self) -> Chromium:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._socket.close()
-        self._process.terminate()
-        self._process.wait(timeout=10)
-        if self._process.stderr is not None:
-            self._process.stderr.close()
-        shutil.rmtree(self._folder, ignore_errors=True)
 
     # ---- the protocol -----------------------------------------------------------------------------------
 

@@ -21,6 +21,7 @@ const element = (name, text = "", className = "") => {
 // ---- the key ------------------------------------------------------------------------------------------------
 
 function askForKey(refused) {
+  key.set("");
   at("key-form").hidden = false;
   at("key-error").textContent = refused ? "The server does not know this key." : "";
   at("forget-key").hidden = true;
@@ -116,7 +117,7 @@ async function send() {
     }
   } catch (error) {
     outcome = error.name === "AbortError" ? "stopped" : `failed: ${error.message}`;
-    if (error instanceof AnswerError && error.status === 401) askForKey(Boolean(key.get()));
+    if (error instanceof AnswerError && error.status === 401) askForKey(true);
   } finally {
     const text = answer.end();
     if (mode === "chat") {
@@ -207,7 +208,7 @@ async function look() {
     wait = RETRY;
     if (error.status === 401) {
       wait = 0;
-      askForKey(Boolean(key.get()));
+      askForKey(true);
     } else {
       setConnection("bad", error instanceof AnswerError ? error.message : "no connection to the server");
     }
@@ -339,5 +340,6 @@ function redraw() {
 
 new ResizeObserver(redraw).observe(at("maps"));
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", redraw);
-document.addEventListener("visibilitychange", look);
-look();
+document.addEventListener("visibilitychange", () => at("key-form").hidden && look());
+if (document.querySelector("meta[name=kvpage-key]").content === "needed" && !key.get()) askForKey(false);
+else look();

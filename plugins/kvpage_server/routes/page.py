@@ -20,6 +20,8 @@ from kvpage_server.protocol.blocks import BlocksAnswer, PlanAnswer
 from kvpage_server.service import Service
 
 SVG_POLICY = "default-src 'none'; style-src 'unsafe-inline'; sandbox"
+KEY_MARK = b'name="kvpage-key" content="%s"'
+"""In index.html: whether to ask for a key before anything else."""
 SVG = {"image/svg+xml": {"schema": {"type": "string"}}}
 
 
@@ -28,7 +30,7 @@ def router(service: Service) -> APIRouter:
     routes = APIRouter(tags=["page"])
     if not service.settings.enable_page:
         return routes
-    _add_files(routes)
+    _add_files(routes, needs_key=bool(service.settings.api_keys))
     facts: dict[str, Any] = {"version": kvpage.__version__, "model": service.settings.model_names[0]}
     watch = BlockWatch(service.engine, facts)
     plan = PlanAnswer(**facts, **_plan(service.engine.config)).model_dump_json().encode()
@@ -66,10 +68,13 @@ def _plan(config: Any) -> dict[str, Any]:
     return {"values": values, "notes": list(config.notes)}
 
 
-def _add_files(routes: APIRouter) -> None:
+def _add_files(routes: APIRouter, *, needs_key: bool) -> None:
     folder = files("kvpage_server.page")
     for path, (name, media_type) in FILES.items():
-        answer = _file_answer((folder / name).read_bytes(), media_type)
+        body = (folder / name).read_bytes()
+        if needs_key:
+            body = body.replace(KEY_MARK % b"none", KEY_MARK % b"needed")
+        answer = _file_answer(body, media_type)
         routes.add_api_route(path, answer, methods=["GET", "HEAD"], include_in_schema=False)
 
 
