@@ -23,4 +23,12 @@ def kvpage_addhooks() -> list[HookRecord]:
 
 @hookimpl
 def kvpage_cli_commands() -> list[CliCommandRecord]:
-    return []
+    return [
+        CliCommandRecord(
+            name="serve",
+            factory="kvpage_server.serve:run",
+            help="a model behind OpenAI's API: kvpage serve MODEL",
+            needs=NEEDS,
+            install=INSTALL,
+        )
+    ]

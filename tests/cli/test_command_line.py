@@ -103,7 +103,7 @@ def test_control_c_ends_with_130() -> None:
 @pytest.mark.parametrize(
     ("name", "hint"),
     [("pln", "did you mean plan?"), ("grete", "did you mean greet?"), ("zzz", "there are generate, "),
-     ("serve", "has not landed yet")],
+     ("serve", "pip install 'kvpage[server]'")],
 )  # fmt: skip
 def test_an_unknown_command_gets_a_hint(name: str, hint: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(name) == 2

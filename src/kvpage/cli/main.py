@@ -58,8 +58,8 @@ COMMANDS: tuple[Command, ...] = (
     Command("plugins", "list, explain and check plugins", "kvpage.cli.plugins:run"),
     Command("collect-env", "what a bug report needs to know of this machine", "kvpage.cli.collect_env:run"),
 )
-NOT_YET = {"serve": "the server", "run-batch": "the server"}
-"""Commands that are known by name and have not landed, with the part that brings them."""
+OF_THE_SERVER = ("serve", "run-batch")
+"""Commands of the server plugin; missed where that is not installed."""
 TAKE_SAMPLING_FLAGS = ("generate", "complete", "chat")
 OUTPUT_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF)
 """What writing ends in where the disk, or whatever takes our output, does not take it."""
@@ -167,8 +167,8 @@ def _help(commands: Sequence[CommandLike]) -> str:
 
 
 def _unknown(name: str, known: Sequence[str]) -> str:
-    if name in NOT_YET:
-        return f"kvpage {name}: {NOT_YET[name]} has not landed yet; until then there are {', '.join(known)}"
+    if name in OF_THE_SERVER:
+        return f"kvpage {name} comes with the server: pip install 'kvpage[server]'; there are {', '.join(known)}"
     near = difflib.get_close_matches(name, known, n=1)
     hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
     return f"kvpage has no command {name!r}: {hint}"

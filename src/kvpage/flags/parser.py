@@ -55,6 +55,10 @@ class CommandParser(argparse.ArgumentParser):
             self.error(self._unknown(unknown[0]))
         return namespace
 
+    def actions_by_flag(self) -> dict[str, argparse.Action]:
+        """Every spelling of every flag."""
+        return dict(self._option_string_actions)
+
     def print_help(self, file: SupportsWrite[str] | None = None) -> None:
         """argparse's own hides that the output cannot be written."""
         print(self.format_help(), end="", file=file)

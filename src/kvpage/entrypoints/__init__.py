@@ -1,0 +1,1 @@
+"""Module names of vLLM's that start the server, for command lines written against it."""

@@ -1,0 +1,1 @@
+"""``python -m kvpage.entrypoints.openai.api_server``."""
