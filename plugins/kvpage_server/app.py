@@ -16,12 +16,14 @@ from kvpage import KvpageError, PluginError, __version__
 from kvpage.plugins import load
 from kvpage_server.errors import ApiError, from_engine
 from kvpage_server.gate import Gate, error_bytes
-from kvpage_server.routes import chat, completions, health, models, page
+from kvpage_server.routes import chat, completions, embeddings, health, models, page, tokenize
 from kvpage_server.service import Service
 
 ROUTERS: tuple[Callable[[Service], APIRouter], ...] = (
     completions.router,
     chat.router,
+    embeddings.router,
+    tokenize.router,
     models.router,
     health.router,
     page.router,

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,9 +10,7 @@ from kvpage import RequestOutput, TokenEvent
 from kvpage_server.generation import Prepared, usage, usage_of
 from kvpage_server.logprobs import TokenTexts, chat_logprobs, prompt_logprobs
 from kvpage_server.streams import dumps
-from kvpage_server.tools import ToolCall, ToolDelta, ToolParser
-
-MakeParser = Callable[[], ToolParser]
+from kvpage_server.tools.choice import ToolPlan
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -23,8 +20,7 @@ class ChatStyle:
     Attributes:
         echo: what stands before the answer: the last message, where the request asked for it.
         top_logprobs: ``None`` = no log-probabilities.
-        parser: makes one parser a choice; ``None`` = text is text.
-        parallel_calls: more than one call may be answered.
+        tools: how calls are found in the text.
         include_usage, continuous_usage: of a stream: usage at its end, usage in each chunk.
     """
 
@@ -42,8 +38,7 @@ class ChatStyle:
     as_ids: bool
     token_ids: bool
     prompt_text: bool
-    parser: MakeParser | None
-    parallel_calls: bool
+    tools: ToolPlan
     include_usage: bool
     continuous_usage: bool
 
@@ -79,8 +74,12 @@ def whole(style: ChatStyle, output: RequestOutput) -> dict[str, Any]:
 
 def _choice(style: ChatStyle, output: RequestOutput, index: int) -> dict[str, Any]:
     choice = output.outputs[index]
-    content, calls = (choice.text, []) if style.parser is None else style.parser().parse(choice.text)
-    calls = calls if style.parallel_calls else calls[:1]
+    reason: str | None = choice.finish_reason
+    content, calls = choice.text, list[dict[str, Any]]()
+    if style.tools.factory is not None:
+        reader = style.tools.reader()
+        content, calls = reader.whole(choice.text)
+        reason = reader.finish_reason(reason)
     message: dict[str, Any] = {
         "role": style.role,
         "content": None if calls and not content and not style.echo else style.echo + content,
@@ -91,8 +90,7 @@ def _choice(style: ChatStyle, output: RequestOutput, index: int) -> dict[str, An
         "reasoning": None,
     }
     if calls:
-        message["tool_calls"] = [_call(call) for call in calls]
-    reason = "tool_calls" if calls and choice.finish_reason == "stop" else choice.finish_reason
+        message["tool_calls"] = calls
     answer = {
         "index": index,
         "message": message,
@@ -103,16 +101,6 @@ def _choice(style: ChatStyle, output: RequestOutput, index: int) -> dict[str, An
     if style.token_ids:
         answer["token_ids"] = list(choice.token_ids)
     return answer
-
-
-def _call(call: ToolCall) -> dict[str, Any]:
-    function = {"name": call.name, "arguments": call.arguments}
-    return {"id": new_call_id(), "type": "function", "function": function}
-
-
-def new_call_id() -> str:
-    """Of one tool call."""
-    return f"call_{secrets.token_hex(12)}"
 
 
 class ChatChunks:
@@ -126,11 +114,10 @@ class ChatChunks:
         self._plain = '},"logprobs":null,"finish_reason":null}]}\n\n'
         self._is_plain = (
             style.top_logprobs is None
-            and style.parser is None
+            and style.tools.factory is None
             and not (style.token_ids or style.continuous_usage)
         )
-        self._parsers = [None if style.parser is None else style.parser() for _ in range(style.n)]
-        self._called = [False] * style.n
+        self._readers = [style.tools.reader() for _ in range(style.n if style.tools.factory else 0)]
         self._generated = 0
 
     def opening(self) -> bytes:
@@ -171,8 +158,8 @@ class ChatChunks:
         if style.token_ids and event.token_ids:
             more["token_ids"] = list(event.token_ids)
         if event.finish_reason is not None:
-            called = self._called[index] and event.finish_reason == "stop"
-            more["finish_reason"] = "tool_calls" if called else event.finish_reason
+            reason: str | None = event.finish_reason
+            more["finish_reason"] = self._readers[index].finish_reason(reason) if self._readers else reason
             more["stop_reason"] = event.stop_reason
         if not deltas and not more:
             return b""
@@ -186,21 +173,11 @@ class ChatChunks:
         return "".join(chunks).encode()
 
     def _deltas(self, event: TokenEvent) -> list[dict[str, Any]]:
-        parser = self._parsers[event.index]
-        if parser is None:
+        if not self._readers:
             return [{"content": event.delta}] if event.delta else []
-        gained = parser.feed(event.delta) if event.delta else []
-        if event.finish_reason is not None:
-            gained = [*gained, *parser.finish()]
-        deltas: list[dict[str, Any]] = []
-        for delta in gained:
-            if delta.index is None:
-                if delta.content:
-                    deltas.append({"content": delta.content})
-            elif delta.index == 0 or self._style.parallel_calls:
-                self._called[event.index] = True
-                deltas.append({"tool_calls": [_call_delta(delta)]})
-        return deltas
+        reader = self._readers[event.index]
+        gained = reader.feed(event.delta) if event.delta else []
+        return gained if event.finish_reason is None else [*gained, *reader.finish()]
 
     def _chunk(
         self,
@@ -221,11 +198,3 @@ class ChatChunks:
     def _usage(self) -> dict[str, Any]:
         cached = self._handle.output.num_cached_tokens
         return usage(len(self._style.prompt.ids), self._generated, cached)
-
-
-def _call_delta(delta: ToolDelta) -> dict[str, Any]:
-    function: dict[str, Any] = {"arguments": delta.arguments}
-    if delta.name is None:
-        return {"index": delta.index, "function": function}
-    function = {"name": delta.name, **function}
-    return {"index": delta.index, "id": new_call_id(), "type": "function", "function": function}

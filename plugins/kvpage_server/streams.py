@@ -166,6 +166,14 @@ async def outputs(service: Service, handles: Sequence[Any], receive: Receive) ->
         KvpageError: what ended one of them; the others are cancelled.
         ApiError: 503, they were cut off.
     """
+    found = await results(service, handles, receive)
+    if any(choice.finish_reason == "abort" for output in found for choice in output.outputs):
+        raise shutting_down()
+    return found
+
+
+async def results(service: Service, handles: Sequence[Any], receive: Receive) -> list[Any]:
+    """``outputs`` of any kind, cut off or not."""
 
     async def watch() -> None:
         while (await receive())["type"] != "http.disconnect":
@@ -175,12 +183,9 @@ async def outputs(service: Service, handles: Sequence[Any], receive: Receive) ->
 
     watcher = asyncio.get_running_loop().create_task(watch())
     try:
-        found = [await handle.result() for handle in handles]
+        return [await handle.result() for handle in handles]
     finally:
         watcher.cancel()
         for handle in handles:
             handle.cancel()
             service.open.discard(handle)
-    if any(choice.finish_reason == "abort" for output in found for choice in output.outputs):
-        raise shutting_down()
-    return found

@@ -11,7 +11,7 @@ from starlette.responses import Response
 from kvpage import SamplingParams
 from kvpage_server import generation
 from kvpage_server.body import IN_A_THREAD, documented, read_body
-from kvpage_server.chat_answers import ChatChunks, ChatStyle, MakeParser, whole
+from kvpage_server.chat_answers import ChatChunks, ChatStyle, whole
 from kvpage_server.conversations import chat_options, last_text, size_of
 from kvpage_server.errors import bad_request
 from kvpage_server.generation import Prepared
@@ -20,7 +20,7 @@ from kvpage_server.replies import json_reply, new_answer_id
 from kvpage_server.sampling import ignored_header, refuse_unsupported, sampling_params
 from kvpage_server.service import Service
 from kvpage_server.streams import EventStream, outputs
-from kvpage_server.tool_choice import wanted_parser
+from kvpage_server.tools.choice import ToolPlan, plan_tools
 
 
 def router(service: Service) -> APIRouter:
@@ -42,17 +42,17 @@ async def answer(service: Service, request: Request, body: ChatRequest) -> Respo
     """The answer to a request whose body is read."""
     model = service.model_name(body.model)
     refuse_unsupported(body)
-    parser = wanted_parser(body, service)
-    params = _params(body, service, keep_special=parser is not None and parser.special_tokens)
+    tools = plan_tools(service.settings, body.tools, body.tool_choice, body.parallel_tool_calls)
+    params = _params(body, service, keep_special=tools.special_tokens)
     priority = generation.priority_of(request, body, service)
     salt = generation.salt_of(body)
     if size_of(body) > IN_A_THREAD:
-        prompt, unused = await asyncio.to_thread(prepare, service, body, params.max_tokens)
+        prompt, unused = await asyncio.to_thread(prepare, service, body, tools, params.max_tokens)
     else:
-        prompt, unused = prepare(service, body, params.max_tokens)
+        prompt, unused = prepare(service, body, tools, params.max_tokens)
     headers = ignored_header(body, service.settings, *unused)
     answer_id = new_answer_id("chatcmpl", request, body.request_id)
-    style = _style(service, body, answer_id, model, params.n, prompt, None if parser is None else parser.make)
+    style = _style(service, body, answer_id, model, params.n, prompt, tools)
     handles = generation.submit(
         service, [prompt], params, answer_id=answer_id, priority=priority, cache_salt=salt
     )
@@ -63,10 +63,14 @@ async def answer(service: Service, request: Request, body: ChatRequest) -> Respo
     return json_reply(whole(style, output), headers)
 
 
-def prepare(service: Service, body: ChatRequest, max_tokens: int | None) -> tuple[Prepared, list[str]]:
+def prepare(
+    service: Service, body: ChatRequest, tools: ToolPlan, max_tokens: int | None
+) -> tuple[Prepared, list[str]]:
     """The conversation as a prompt, and the fields that its template did not heed."""
     options, unused = chat_options(service, body)
     text = service.engine.render_chat(options.pop("messages"), **options)
+    tools.check_shown(text)
+    text += tools.prefix
     ids = generation.tokenize(service, text, add_special_tokens=bool(body.add_special_tokens))
     return Prepared(text, generation.truncated(ids, body, service, max_tokens)), unused
 
@@ -96,7 +100,7 @@ def _style(
     model: str,
     n: int,
     prompt: Prepared,
-    parser: MakeParser | None,
+    tools: ToolPlan,
 ) -> ChatStyle:
     options, settings = body.stream_options, service.settings
     return ChatStyle(
@@ -114,8 +118,7 @@ def _style(
         as_ids=bool(body.return_tokens_as_token_ids or settings.return_tokens_as_token_ids),
         token_ids=bool(body.return_token_ids),
         prompt_text=bool(body.return_prompt_text),
-        parser=parser,
-        parallel_calls=body.parallel_tool_calls is not False,
+        tools=tools,
         include_usage=settings.force_include_usage or bool(options and options.include_usage),
         continuous_usage=settings.force_include_usage
         or bool(options and options.include_usage and options.continuous_usage_stats),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Any
 
 from fastapi import APIRouter
 from starlette.requests import Request
@@ -15,6 +14,7 @@ from kvpage_server.body import IN_A_THREAD, documented, read_body
 from kvpage_server.completion_answers import CompletionChunks, CompletionStyle, whole
 from kvpage_server.errors import bad_request
 from kvpage_server.generation import Prepared
+from kvpage_server.inputs import given_prompts
 from kvpage_server.protocol.completions import CompletionRequest, CompletionResponse
 from kvpage_server.replies import json_reply, new_answer_id
 from kvpage_server.sampling import ignored_header, refuse_unsupported, sampling_params
@@ -47,7 +47,7 @@ async def answer(service: Service, request: Request, body: CompletionRequest) ->
     refuse_unsupported(body)
     headers = ignored_header(body, service.settings)
     params = _params(body, service)
-    given = _given_prompts(body.prompt, service)
+    given = given_prompts(body.prompt, service, "prompt")
     n = params.n
     if n * len(given) > service.settings.max_choices:
         raise bad_request(
@@ -81,29 +81,6 @@ def _params(body: CompletionRequest, service: Service) -> SamplingParams:
     return sampling_params(
         body, service, max_tokens=max_tokens, logprobs=body.logprobs, prompt_logprobs=prompt_logprobs
     )
-
-
-def _given_prompts(prompt: Any, service: Service) -> list[str | list[int]]:
-    """The prompts in the order of the request."""
-    wrong = "prompt must be text, a list of texts, a list of token ids or a list of such lists"
-    if isinstance(prompt, str):
-        return [prompt]
-    if prompt is None or not isinstance(prompt, list):
-        raise bad_request(wrong if prompt is not None else "prompt is missing: " + wrong, "prompt")
-    if not prompt:
-        raise bad_request("prompt is an empty list: " + wrong, "prompt")
-    if all(type(token) is int for token in prompt):
-        return [prompt]
-    if len(prompt) > service.settings.max_prompts:
-        raise bad_request(
-            f"prompt holds {len(prompt)} prompts, the limit is {service.settings.max_prompts}: send fewer at once",
-            "prompt",
-        )
-    if all(isinstance(text, str) for text in prompt):
-        return prompt
-    if all(isinstance(ids, list) and all(type(token) is int for token in ids) for ids in prompt):
-        return prompt
-    raise bad_request(wrong, "prompt")
 
 
 def _prepare(given: list[str | list[int]], body: CompletionRequest, service: Service) -> list[Prepared]:

@@ -37,8 +37,8 @@ class ToolPlan:
     special_tokens: bool = False
 
     def check_shown(self, prompt: str) -> None:
-        """Raises ApiError if ``prompt``, made by the chat template, does not show the tools."""
-        for tool in self.tools or ():
+        """Raises ApiError if ``prompt``, made by the chat template, does not show the tools that it should."""
+        for tool in (self.tools or ()) if self.factory is not None else ():
             name = tool["function"]["name"]
             if name.isascii() and name not in prompt:
                 raise bad_request(
@@ -71,7 +71,7 @@ def plan_tools(
     if tools is not None:
         _check_tools(tools)
     if choice == "none" or (choice is None and tools is None):
-        return ToolPlan()
+        return ToolPlan(tools)
     if tools is None:
         raise bad_request("When using `tool_choice`, `tools` must be set.", "tool_choice")
     name = _named_function(choice, tools)
@@ -107,7 +107,7 @@ class ToolReader:
         pending, self._pending = self._pending, []
         return self._objects([*pending, *self._parser.finish()])
 
-    def whole(self, text: str) -> tuple[str | None, list[dict[str, Any]]]:
+    def whole(self, text: str) -> tuple[str, list[dict[str, Any]]]:
         """(content, calls) of a whole text; in place of ``feed`` and ``finish``."""
         if self._prefix:
             # The call was begun for the model, so however it went on, that call is the answer.
@@ -116,9 +116,9 @@ class ToolReader:
         if not self._plan.parallel:
             del calls[1:]
         self.called = bool(calls)
-        return content or None, [call_object(call.name, call.arguments) for call in calls]
+        return content, [call_object(call.name, call.arguments) for call in calls]
 
-    def finish_reason(self, reason: str) -> str:
+    def finish_reason(self, reason: str | None) -> str | None:
         """As OpenAI has it: "tool_calls" in place of "stop" where there is a call, but not where the request named
         the function."""
         return "tool_calls" if self.called and reason == "stop" and not self._plan.named else reason
@@ -147,7 +147,7 @@ def call_id() -> str:
     return f"call_{secrets.token_hex(12)}"
 
 
-def gathered(deltas: Sequence[Mapping[str, Any]]) -> tuple[str | None, list[dict[str, Any]]]:
+def gathered(deltas: Sequence[Mapping[str, Any]]) -> tuple[str, list[dict[str, Any]]]:
     """(content, calls) that ``delta`` objects add up to."""
     content = ""
     calls: list[dict[str, Any]] = []
@@ -158,7 +158,7 @@ def gathered(deltas: Sequence[Mapping[str, Any]]) -> tuple[str | None, list[dict
                 calls.append(call_object(part["function"]["name"], ""))
                 calls[-1]["id"] = part["id"]
             calls[part["index"]]["function"]["arguments"] += part["function"]["arguments"]
-    return content or None, calls
+    return content, calls
 
 
 def _call_delta(delta: ToolDelta) -> dict[str, Any]:
