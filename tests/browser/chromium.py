@@ -8,14 +8,16 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import ClientConnection, connect
 
 PROGRAMS = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome")
@@ -43,10 +45,10 @@ def running_chromium(
         folder = stack.enter_context(TemporaryDirectory(prefix="kvpage-browser-", ignore_cleanup_errors=True))
         log = stack.enter_context(open(Path(folder) / "log", "w+", encoding="utf-8", errors="replace"))
         process = subprocess.Popen(
-            [program, *FLAGS, *rights, f"--user-data-dir={folder}", "about:blank"], stdout=log, stderr=log
-        )
-        stack.callback(process.wait, timeout=10)
-        stack.callback(process.terminate)
+            [program, *FLAGS, *rights, f"--user-data-dir={folder}", "about:blank"],
+            stdout=log, stderr=log, start_new_session=True,
+        )  # fmt: skip
+        stack.callback(_end, process)
         address = _listening(process, Path(log.name))
         socket = stack.enter_context(connect(address, max_size=64 * 2**20, compression=None, proxy=None))
         browser = Chromium(socket)
@@ -54,7 +56,20 @@ def running_chromium(
         browser.command("Emulation.setDeviceMetricsOverride", **size)
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         browser.command("Emulation.setEmulatedMedia", features=[scheme])
-        yield browser
+        try:
+            yield browser
+        finally:
+            with suppress(ConnectionClosed):
+                browser.command("Browser.close")
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """Where the browser was not told to close, its whole group is ended: Debian's program is a script around it."""
+    try:
+        process.wait(timeout=5)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 def _listening(process: subprocess.Popen[bytes], log: Path) -> str:

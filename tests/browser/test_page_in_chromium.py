@@ -159,3 +159,13 @@ def test_the_plan_says_why(browser: Chromium, unguarded: Served) -> None:
     browser.click("#plan summary")
     browser.wait_for("document.querySelectorAll('#plan tbody tr').length")
     assert "num_kv_blocks=200 given" in browser.text("#plan tbody")
+
+
+def test_the_policy_is_kept_and_a_breach_is_noticed(browser: Chromium, unguarded: Served) -> None:
+    browser.open(unguarded.address)
+    browser.wait_for(LIVE)
+    assert browser.problems == []
+    browser.evaluate("document.body.setAttribute('style', 'color: red')")
+    browser.wait_for("getComputedStyle(document.body).color !== 'rgb(255, 0, 0)'")
+    assert any("Content Security Policy" in problem for problem in browser.problems)
+    browser.problems.clear()
