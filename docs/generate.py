@@ -146,7 +146,7 @@ def _link(name: str) -> str:
 
 def _signature(spec: FunctionType) -> str:
     parameters = ", ".join(str(parameter) for parameter in inspect.signature(spec).parameters.values())
-    return f"({parameters}) -> {inspect.signature(spec).return_annotation}: ..."
+    return f"({parameters}) -> {inspect.signature(spec).return_annotation}: ...".replace("'", "")
 
 
 def _fields(record: type[records.Record]) -> Iterator[str]:
