@@ -30,5 +30,12 @@ def kvpage_cli_commands() -> list[CliCommandRecord]:
             help="a model behind OpenAI's API: kvpage serve MODEL",
             needs=NEEDS,
             install=INSTALL,
-        )
+        ),
+        CliCommandRecord(
+            name="run-batch",
+            factory="kvpage_server.run_batch:run",
+            help="answer a file of requests: kvpage run-batch -i in.jsonl -o out.jsonl MODEL",
+            needs=(*NEEDS, "httpx"),
+            install=INSTALL,
+        ),
     ]

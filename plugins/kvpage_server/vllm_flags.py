@@ -41,6 +41,8 @@ def _rows(
 FLAGS: Mapping[str, ForeignFlag] = {**dict(_rows("ignored", IGNORED)), **dict(_rows("refused", REFUSED))}
 """Flag, with hyphens ("--swap-space") -> what became of it. Those that kvpage has are not among them."""
 
+_IMPLEMENTED = frozenset(name for group in IMPLEMENTED for name in group.names())
+
 
 def explain_unknown_flag(flag: str, value: str | None = None) -> ForeignFlag | None:
     """What is known of a flag that ``serve`` does not have; ``None`` if vLLM has no such flag either.
@@ -59,6 +61,8 @@ def explain_unknown_flag(flag: str, value: str | None = None) -> ForeignFlag | N
     feature = FLAGS.get(name.replace("--no-", "--", 1)) if name.startswith("--no-") else None
     if feature is not None and feature.values == 0 and not dot:
         return feature if feature.fate == "ignored" else ForeignFlag("ignored", "it is off anyway", 0)
+    if name != flag and name in _IMPLEMENTED and not dot:
+        return ForeignFlag("refused", f"kvpage spells it {name}")
     answer = FLAGS.get(name)
     if answer is None or (dot and answer.values == 0):
         return None

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from kvpage_server.server_flags import make_parser
 from kvpage_server.vllm_flag_table import IGNORED, IMPLEMENTED, REFUSED, SHORTS
 from kvpage_server.vllm_flags import FLAGS, explain_unknown_flag, flag_reference
 
@@ -14,12 +15,26 @@ GROUPS = (*IMPLEMENTED, *IGNORED, *REFUSED)
 VLLM_FLAGS = (Path(__file__).parent / "vllm_serve_flags.txt").read_text(encoding="utf-8").split()
 """What `vllm serve --help=all` of 0.32.0 lists."""
 HERE = {name for group in IMPLEMENTED for name in group.names()}
+OF_EVERY_COMMAND = {"--log-level"}
 
 
 @pytest.mark.parametrize("flag", VLLM_FLAGS)
 def test_every_flag_of_vllm_has_a_row(flag: str) -> None:
     name = SHORTS.get(flag, flag)
     assert name in HERE or name in FLAGS
+
+
+def test_the_parser_of_serve_takes_what_the_table_calls_implemented_and_nothing_else_of_vllm() -> None:
+    taken = set(make_parser().actions_by_flag())
+    assert HERE - OF_EVERY_COMMAND - taken == set()
+    assert taken & set(FLAGS) == set()
+    assert taken & set(VLLM_FLAGS) - set(SHORTS) == HERE - OF_EVERY_COMMAND
+
+
+def test_another_spelling_of_a_flag_that_is_here_is_told() -> None:
+    answer = explain_unknown_flag("--device-memory-utilization", "0.9")
+    assert answer is not None
+    assert (answer.fate, answer.reason) == ("refused", "kvpage spells it --gpu-memory-utilization")
 
 
 def test_no_flag_has_two_rows() -> None:
