@@ -168,7 +168,9 @@ def _help(commands: Sequence[CommandLike]) -> str:
 
 def _unknown(name: str, known: Sequence[str]) -> str:
     if name in OF_THE_SERVER:
-        return f"kvpage {name} comes with the server: pip install 'kvpage[server]'; there are {', '.join(known)}"
+        return (
+            f"kvpage {name} comes with the server: pip install 'kvpage[server]'; there are {', '.join(known)}"
+        )
     near = difflib.get_close_matches(name, known, n=1)
     hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
     return f"kvpage has no command {name!r}: {hint}"
