@@ -1,4 +1,4 @@
-"""A real server around the tiny model, on a port of its own, in a thread of the test's process."""
+"""A real server on a free port, in a thread of the test's process, and what tests ask of it."""
 
 from __future__ import annotations
 
@@ -8,81 +8,102 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import httpx
-import openai
 import uvicorn
 
 from kvpage import AsyncEngine, PluginRegistry
 from kvpage_server.app import create_app
+from kvpage_server.http_protocol import bounded_protocol
 from kvpage_server.service import Service
 from kvpage_server.settings import ServerSettings
-from tiny_checkpoint import write_checkpoint
 
-KEY = "a-key"
+MODEL = "org/tiny"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class LiveServer:
-    """Where it listens, and clients of it."""
+    """``url`` without a slash at the end; ``service`` to look inside."""
 
     url: str
+    port: int
     service: Service
-    http: httpx.Client
-    client: openai.OpenAI
+    client: httpx.Client
 
-    def post(self, path: str, **body: Any) -> httpx.Response:
-        """POST a JSON body, lone surrogates and all."""
-        return self.http.post(
-            path, content=json.dumps(body).encode(), headers={"content-type": "application/json"}
-        )
+    def post(self, path: str, body: Any, **options: Any) -> httpx.Response:
+        return self.client.post(path, json=body, **options)
 
-    def refusal(self, path: str, **body: Any) -> tuple[int, str | None, str]:
-        """(status, param, message) of an error that is answered."""
-        answer = self.post(path, **body)
-        error = answer.json()["error"]
-        assert set(error) == {"message", "type", "param", "code"}
-        assert error["code"] == answer.status_code
-        return answer.status_code, error["param"], error["message"]
+    def complete(self, **body: Any) -> dict[str, Any]:
+        return answered(self.post("/v1/completions", {"prompt": "The block", "temperature": 0, **body}))
+
+    def chat(self, **body: Any) -> dict[str, Any]:
+        return answered(self.post("/v1/chat/completions", {**HELLO, "temperature": 0, **body}))
+
+    def stream(self, path: str, body: dict[str, Any]) -> list[Any]:
+        """The data of every event, parsed; "[DONE]" as text."""
+        with self.client.stream("POST", path, json={**body, "stream": True}) as response:
+            assert response.status_code == 200, response.read()
+            assert response.headers["content-type"] == "text/event-stream; charset=utf-8"
+            text = response.read().decode()
+        events = [line.removeprefix("data: ") for line in text.split("\n\n") if line.startswith("data: ")]
+        return [event if event == "[DONE]" else json.loads(event) for event in events]
+
+    def wait_until_idle(self, seconds: float = 10.0) -> None:
+        """Until no request is open and no block is held; fails if that does not come."""
+        deadline = time.monotonic() + seconds
+        while True:
+            stats = self.service.engine.stats()
+            if not (self.service.load or stats.running or stats.waiting or stats.used_blocks):
+                assert not self.service.open
+                return
+            assert time.monotonic() < deadline, (self.service.load, stats)
+            time.sleep(0.01)
+
+
+HELLO: dict[str, Any] = {"messages": [{"role": "user", "content": "Hello"}]}
+
+
+def answered(response: httpx.Response) -> dict[str, Any]:
+    assert response.status_code == 200, response.text
+    body: dict[str, Any] = response.json()
+    return body
+
+
+def refused(response: httpx.Response, status: int) -> dict[str, Any]:
+    """The error object of a refusal, which must have OpenAI's form."""
+    assert response.status_code == status, response.text
+    body = response.json()
+    assert set(body) == {"error"}
+    error: dict[str, Any] = body["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert error["code"] == status
+    assert isinstance(error["message"], str)
+    assert error["message"]
+    return error
 
 
 @contextmanager
-def serving(folder: Path, *, engine: dict[str, Any] | None = None, **settings: Any) -> Iterator[LiveServer]:
-    """A server of the model in ``folder`` until the block ends; afterwards every KV block must be free."""
-    options: dict[str, Any] = {"num_kv_blocks": 64, "block_size": 16, "max_num_seqs": 8, **(engine or {})}
-    registry = PluginRegistry(entry_points=False)
-    running = AsyncEngine(folder, plugins=registry, **options)
-    service = Service(
-        running, ServerSettings(model_names=("tiny",), model_path=str(folder), **settings), registry
-    )
-    server = uvicorn.Server(
-        uvicorn.Config(create_app(service), host="127.0.0.1", port=0, log_level="error", lifespan="off")
-    )
-    thread = threading.Thread(target=server.run, daemon=True)
+def live_server(engine: AsyncEngine, **settings: Any) -> Iterator[LiveServer]:
+    """Serve ``engine``; the server ends with the block, the engine goes on."""
+    given = ServerSettings(model_names=(MODEL, "alias"), model_path="somewhere/tiny", **settings)
+    service = Service(engine, given, PluginRegistry(entry_points=False))
+    config = uvicorn.Config(
+        create_app(service), port=0, lifespan="off", ws="none", log_config=None, access_log=False,
+        http=bounded_protocol(given.max_header_bytes), timeout_graceful_shutdown=1, root_path=given.root_path,
+    )  # fmt: skip
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run, name="server-under-test")
     thread.start()
-    while not server.started:
-        assert thread.is_alive()
-        time.sleep(0.005)
-    port = server.servers[0].sockets[0].getsockname()[1]
-    url = f"http://127.0.0.1:{port}"
-    headers = {"authorization": f"Bearer {KEY}"}
     try:
-        with (
-            httpx.Client(base_url=url, headers=headers, timeout=30.0) as http,
-            openai.OpenAI(base_url=f"{url}/v1", api_key=KEY, max_retries=0, timeout=30.0) as client,
-        ):
-            yield LiveServer(url, service, http, client)
+        while not server.started:
+            assert thread.is_alive()
+            time.sleep(0.005)
+        port = server.servers[0].sockets[0].getsockname()[1]
+        url = f"http://127.0.0.1:{port}"
+        with httpx.Client(base_url=url, timeout=30, trust_env=False) as client:
+            yield LiveServer(url, port, service, client)
     finally:
         server.should_exit = True
-        thread.join(timeout=10.0)
-        stats = running.stats()
-        running.close()
-    assert not thread.is_alive()
-    assert (stats.running, stats.waiting, stats.used_blocks) == (0, 0, 0)
-
-
-def write_tiny(folder: Path) -> Path:
-    """The folder of a random Llama with tokenizer and chat template."""
-    return write_checkpoint(folder)
+        thread.join(10)
+        assert not thread.is_alive()
