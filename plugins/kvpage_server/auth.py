@@ -17,10 +17,13 @@ class Keys:
     """The keys that open the guarded routes; none = everything is open."""
 
     def __init__(self, keys: Iterable[str]) -> None:
-        self._digests = [_digest(key) for key in keys]
+        self._digests = [_digest(key.encode()) for key in keys]
 
     def check(self, path: str, method: str, authorization: str | None) -> None:
-        """Raises ApiError 401 where a key is needed and not there. OPTIONS carries none by the CORS protocol."""
+        """Raises ApiError 401 where a key is needed and not there. OPTIONS carries none by the CORS protocol.
+
+        ``authorization``: the header's bytes, read as latin-1.
+        """
         if not self._digests or path in OPEN_PATHS or method == "OPTIONS":
             return
         scheme, _, key = (authorization or "").strip().partition(" ")
@@ -34,12 +37,12 @@ class Keys:
         )
 
     def _known(self, key: str) -> bool:
-        given = _digest(key)
+        given = _digest(key.encode("latin-1"))  # the bytes as they came
         found = False
         for digest in self._digests:
             found |= hmac.compare_digest(digest, given)
         return found
 
 
-def _digest(key: str) -> bytes:
-    return hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()
+def _digest(key: bytes) -> bytes:
+    return hashlib.sha256(key).digest()

@@ -107,10 +107,10 @@ class EventStream(Response):
                 continue  # the error itself is raised at the end of the loop
             if reason == "abort":
                 raise shutting_down()
+            if not self._started:
+                await self._start()
             data = write(prompt, event)
             if data:
-                if not self._started:
-                    await self._start()
                 self._sent = True
                 await send({"type": "http.response.body", "body": data, "more_body": True})
 
