@@ -37,13 +37,15 @@ def read_flags(parser: CommandParser, arguments: Sequence[str]) -> argparse.Name
     for flag, value in entries.items():
         if known.get(flag) not in own or flag not in known:
             words += _as_words(flag, value, known.get(flag))
-    namespace = parser.parse_arguments([*_without_foreign(words, known), *_without_foreign(typed, known)])
+    namespace = parser.parse_arguments(
+        [word for part in (words, typed) for word in _without_foreign(part, known, parser.prog)]
+    )
     if model is not None and not model_was_named(namespace):
         namespace.model = str(model)
     return namespace
 
 
-def _without_foreign(words: Sequence[str], known: Mapping[str, argparse.Action]) -> list[str]:
+def _without_foreign(words: Sequence[str], known: Mapping[str, argparse.Action], prog: str) -> list[str]:
     """The words without vLLM's flags that mean nothing here, each of which is warned of."""
     kept: list[str] = []
     index = 0
@@ -62,7 +64,7 @@ def _without_foreign(words: Sequence[str], known: Mapping[str, argparse.Action])
             kept.append(word)  # the parser knows what to say
             continue
         if foreign.fate == "refused":
-            raise UsageError(f"kvpage serve: {flag}: {foreign.reason}")
+            raise UsageError(f"{prog}: {flag}: {foreign.reason}")
         LOG.warning("%s is ignored: %s", flag, foreign.reason)
         left = 0 if equals else foreign.values
         while left and index < len(words) and not FLAG.match(words[index]):

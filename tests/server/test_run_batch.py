@@ -180,7 +180,10 @@ def test_bodies_reach_the_route_as_they_are() -> None:
         (["-i", "in"], "required"),
         (["-i", "in", "-o", "out", "--max-concurrency", "0"], "at least 1"),
         (["-i", "in", "-o", "out", "--enable-metrics"], "a batch serves nothing"),
-        (["-i", "in", "-o", "out", "--enable-lora"], "LoRA has not landed yet"),
+        (
+            ["-i", "in", "-o", "out", "--enable-lora"],
+            "kvpage run-batch: --enable-lora: LoRA has not landed yet",
+        ),
         (["-i", "http://127.0.0.1:9/x", "-o", "out"], "cannot be fetched"),
         (["-i", "in", "-o", "http://127.0.0.1:9/x", "--output-tmp-dir", "none"], "there is no such folder"),
     ],
