@@ -16,7 +16,7 @@ from kvpage import KvpageError, PluginError, __version__
 from kvpage.plugins import load
 from kvpage_server.errors import ApiError, from_engine
 from kvpage_server.gate import Gate, error_bytes
-from kvpage_server.routes import chat, completions, embeddings, health, models, page, tokenize
+from kvpage_server.routes import admin, chat, completions, embeddings, health, metrics, models, page, tokenize
 from kvpage_server.service import Service
 
 ROUTERS: tuple[Callable[[Service], APIRouter], ...] = (
@@ -26,6 +26,8 @@ ROUTERS: tuple[Callable[[Service], APIRouter], ...] = (
     tokenize.router,
     models.router,
     health.router,
+    metrics.router,
+    admin.router,
     page.router,
 )
 """Every group of routes."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import time
 import uuid
 from collections.abc import MutableMapping
 from typing import Any
@@ -13,6 +14,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from kvpage_server.auth import OPEN_PATHS, Keys
 from kvpage_server.errors import ApiError, shutting_down
 from kvpage_server.replies import REQUEST_ID_KEY, usable_id
+from kvpage_server.request_log import write_line
 from kvpage_server.service import Service
 
 LOG = logging.getLogger("kvpage.server")
@@ -35,7 +37,7 @@ class Gate:
         scope[REQUEST_ID_KEY] = request_id
         reply = _Reply(send, request_id)
         counted = scope["method"] == "POST"
-        service = self._service
+        service, began = self._service, time.perf_counter()
         service.load += counted
         try:
             self._check(scope, headers)
@@ -48,10 +50,25 @@ class Gate:
             await reply.refuse(internal_error(request_id))
         finally:
             service.load -= counted
+            self._record(scope, reply, time.perf_counter() - began)
+
+    def _record(self, scope: Scope, reply: _Reply, seconds: float) -> None:
+        """Count and log a request that has ended; what only asks how the server does is neither."""
+        settings = self._service.settings
+        if self._path(scope) in OPEN_PATHS:
+            return
+        handler = getattr(scope.get("route"), "path", None)
+        self._service.http.observe(scope["method"], reply.status, handler, seconds)
+        if settings.log_requests:
+            write_line(scope, reply.request_id, reply.status, seconds, settings.max_log_len)
+
+    def _path(self, scope: Scope) -> str:
+        path: str = scope["path"]
+        return path.removeprefix(scope.get("root_path", ""))
 
     def _check(self, scope: Scope, headers: MutableMapping[bytes, str]) -> None:
         settings = self._service.settings
-        path = scope["path"].removeprefix(scope.get("root_path", ""))
+        path = self._path(scope)
         if sum(len(name) + len(value) for name, value in scope["headers"]) > settings.max_header_bytes:
             raise ApiError(
                 431, f"the headers are larger than {settings.max_header_bytes} bytes", kind="Bad Request"
@@ -88,21 +105,25 @@ class Gate:
 
 
 class _Reply:
-    """``send`` with the request's id in the headers; knows whether an answer has begun."""
+    """``send`` with the request's id in the headers.
+
+    Attributes:
+        status: of the answer, once it has begun.
+    """
 
     def __init__(self, send: Send, request_id: str) -> None:
-        self._send, self._id = send, request_id.encode()
-        self._begun = False
+        self._send, self.request_id = send, request_id
+        self.status: int | None = None
 
     async def send(self, message: Message) -> None:
         if message["type"] == "http.response.start":
-            self._begun = True
-            message["headers"] = [*message.get("headers", ()), (b"x-request-id", self._id)]
+            self.status = message["status"]
+            message["headers"] = [*message.get("headers", ()), (b"x-request-id", self.request_id.encode())]
         await self._send(message)
 
     async def refuse(self, error: ApiError) -> None:
         """The error, unless an answer has begun: then nothing more can be said."""
-        if self._begun:
+        if self.status is not None:
             return
         body = error_bytes(error)
         headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]

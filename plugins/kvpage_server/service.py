@@ -9,6 +9,7 @@ from typing import Protocol
 
 from kvpage import AsyncEngine, PluginRegistry, __version__
 from kvpage_server.errors import ApiError
+from kvpage_server.http_counts import HttpCounts
 from kvpage_server.settings import ServerSettings
 
 
@@ -28,6 +29,7 @@ class Service:
         draining: takes no more requests.
         load: requests being answered now.
         open: requests in the engine, to be cancelled where the server must end.
+        http: what was asked by HTTP and how it was answered.
     """
 
     engine: AsyncEngine
@@ -37,6 +39,7 @@ class Service:
     draining: bool = False
     load: int = 0
     open: set[Cancellable] = field(default_factory=set)
+    http: HttpCounts = field(default_factory=HttpCounts)
     fingerprint: str = field(init=False)
 
     def __post_init__(self) -> None:

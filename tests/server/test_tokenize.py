@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
-
-from live_server import KEY, LiveServer, serving, write_tiny
+from served_model import KEY, MODEL, ServedModel, serving
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
-    folder = write_tiny(tmp_path_factory.mktemp("models") / "tiny")
-    with serving(folder, enable_tokenizer_info=True, api_keys=(KEY,)) as running:
+def server(tiny: Path) -> Iterator[ServedModel]:
+    with serving(tiny, enable_tokenizer_info=True, api_keys=(KEY,)) as running:
         yield running
 
 
-def test_tokens_of_a_text_and_back(server: LiveServer) -> None:
+def test_tokens_of_a_text_and_back(server: ServedModel) -> None:
     text = "Grüße aus Köln 😀"
-    answer = server.post("/tokenize", model="tiny", prompt=text, return_token_strs=True).json()
+    answer = server.post("/tokenize", model=MODEL, prompt=text, return_token_strs=True).json()
     tokenizer = server.service.engine.tokenizer
     assert tokenizer is not None
     assert answer["tokens"] == tokenizer.encode(text)
@@ -28,13 +27,13 @@ def test_tokens_of_a_text_and_back(server: LiveServer) -> None:
     assert server.post("/detokenize", tokens=answer["tokens"]).json() == {"prompt": "<s>" + text}
 
 
-def test_special_tokens_can_be_left_out(server: LiveServer) -> None:
+def test_special_tokens_can_be_left_out(server: ServedModel) -> None:
     plain = server.post("/tokenize", prompt="hello", add_special_tokens=False).json()
     assert server.post("/tokenize", prompt="hello").json()["tokens"] == [1, *plain["tokens"]]
     assert plain["token_strs"] is None
 
 
-def test_a_conversation_has_the_tokens_that_a_chat_completion_counts(server: LiveServer) -> None:
+def test_a_conversation_has_the_tokens_that_a_chat_completion_counts(server: ServedModel) -> None:
     messages = [{"role": "user", "content": "hello"}]
     answer = server.post("/tokenize", messages=messages).json()
     chat = server.post("/v1/chat/completions", messages=messages, max_tokens=1).json()
@@ -44,20 +43,20 @@ def test_a_conversation_has_the_tokens_that_a_chat_completion_counts(server: Liv
     assert answer["count"] == unopened["count"] + 1
 
 
-def test_a_long_text_is_tokenized_whole(server: LiveServer) -> None:
+def test_a_long_text_is_tokenized_whole(server: ServedModel) -> None:
     text = "the block pool " * 5000
     tokens = server.post("/tokenize", prompt=text, add_special_tokens=False).json()["tokens"]
     assert server.post("/detokenize", tokens=tokens).json()["prompt"] == text
 
 
-def test_the_tokenizer_describes_itself_where_it_is_asked_for(server: LiveServer) -> None:
+def test_the_tokenizer_describes_itself_where_it_is_asked_for(server: ServedModel) -> None:
     info = server.http.get("/tokenizer_info").json()
     assert info["chat_template"].startswith("{{ bos_token }}")
     assert info["bos_token"] == "<s>"
     assert info["vocab_size"] == server.service.engine.tokenizer.vocab_size  # type: ignore[union-attr]
 
 
-def test_the_routes_need_the_key(server: LiveServer) -> None:
+def test_the_routes_need_the_key(server: ServedModel) -> None:
     for method, path in (("POST", "/tokenize"), ("POST", "/detokenize"), ("GET", "/tokenizer_info")):
         answer = server.http.request(method, path, headers={"authorization": "Bearer wrong"})
         assert answer.status_code == 401
@@ -83,7 +82,7 @@ def test_the_routes_need_the_key(server: LiveServer) -> None:
     ],
 )
 def test_a_wrong_request_is_refused_by_name(
-    server: LiveServer, path: str, body: dict[str, object], param: str
+    server: ServedModel, path: str, body: dict[str, object], param: str
 ) -> None:
     status, named, message = server.refusal(path, **body)
     assert (status, named) == (400, param), message

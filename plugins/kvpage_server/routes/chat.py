@@ -17,6 +17,7 @@ from kvpage_server.errors import bad_request
 from kvpage_server.generation import Prepared
 from kvpage_server.protocol.chat import ChatRequest, ChatResponse
 from kvpage_server.replies import json_reply, new_answer_id
+from kvpage_server.request_log import remember
 from kvpage_server.sampling import ignored_header, refuse_unsupported, sampling_params
 from kvpage_server.service import Service
 from kvpage_server.streams import EventStream, outputs
@@ -56,6 +57,7 @@ async def answer(service: Service, request: Request, body: ChatRequest) -> Respo
     handles = generation.submit(
         service, [prompt], params, answer_id=answer_id, priority=priority, cache_salt=salt
     )
+    remember(request.scope, handles)
     headers |= generation.clamp_note(service, [prompt], params.max_tokens)
     if body.stream:
         return EventStream(service, handles, ChatChunks(style, handles[0]), headers, answer_id)

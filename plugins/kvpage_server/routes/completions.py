@@ -17,6 +17,7 @@ from kvpage_server.generation import Prepared
 from kvpage_server.inputs import given_prompts
 from kvpage_server.protocol.completions import CompletionRequest, CompletionResponse
 from kvpage_server.replies import json_reply, new_answer_id
+from kvpage_server.request_log import remember
 from kvpage_server.sampling import ignored_header, refuse_unsupported, sampling_params
 from kvpage_server.service import Service
 from kvpage_server.streams import EventStream, outputs
@@ -64,6 +65,7 @@ async def answer(service: Service, request: Request, body: CompletionRequest) ->
         service, prompts, params, answer_id=answer_id,
         priority=generation.priority_of(request, body, service), cache_salt=generation.salt_of(body),
     )  # fmt: skip
+    remember(request.scope, handles)
     headers |= generation.clamp_note(service, prompts, params.max_tokens)
     if body.stream:
         return EventStream(service, handles, CompletionChunks(style, handles), headers, answer_id)

@@ -23,6 +23,7 @@ from kvpage_server.inputs import given_prompts
 from kvpage_server.protocol.embeddings import EmbeddingRequest, EmbeddingResponse
 from kvpage_server.rendering import render
 from kvpage_server.replies import json_reply, new_answer_id
+from kvpage_server.request_log import remember
 from kvpage_server.sampling import ignored_header
 from kvpage_server.service import Service
 from kvpage_server.streams import results
@@ -61,6 +62,7 @@ async def answer(service: Service, request: Request, body: EmbeddingRequest) -> 
     prompts = await asyncio.to_thread(_prepare, service, body)
     answer_id = new_answer_id("embd", request, body.request_id)
     handles = _submit(service, prompts, body, answer_id, priority, salt)
+    remember(request.scope, handles)
     found = await results(service, handles, request.receive)
     if any(output.finish_reason != "stop" for output in found):
         raise shutting_down()
