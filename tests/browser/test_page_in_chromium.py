@@ -10,8 +10,9 @@ import pytest
 
 pytest.importorskip("websockets", reason="the extra 'browser' is not installed")
 from chromium import Chromium, find_chromium, running_chromium
+from page_server import Served
 
-from conftest import KEY, Served
+from conftest import KEY
 
 PROGRAM = find_chromium()
 pytestmark = [

@@ -13,22 +13,36 @@ export function unpackRuns(text) {
 
 /** "1-3 7" as [1, 2, 3, 7]. */
 export function unpackRanges(text) {
-  const numbers = [];
+  const blocks = [];
   for (const part of text.split(" ")) {
     if (!part) continue;
     const [first, last = first] = part.split("-").map(Number);
-    for (let number = first; number <= last; number++) numbers.push(number);
+    for (let number = first; number <= last; number++) blocks.push(number);
   }
-  return numbers;
+  return blocks;
 }
 
-/** A hue that stays with a sequence for its life, however many others come and go. */
-export function hueOf(sequence) {
-  let hash = 2166136261;
-  for (const letter of `${sequence.request_id}/${sequence.choice}`) {
-    hash = Math.imul(hash ^ letter.codePointAt(0), 16777619);
+const GOLDEN_ANGLE = 137.508; // degrees of hue between neighbours: any number of colours stays apart
+const numbers = new Map(); // sequence -> the smallest number that no other living one had when it came
+const nameOf = (sequence) => `${sequence.request_id}/${sequence.choice}`;
+
+/** Gives each sequence a colour that is its own for its life, however many others come and go. */
+export function colourSequences(sequences) {
+  const living = new Set(sequences.map(nameOf));
+  for (const name of numbers.keys()) if (!living.has(name)) numbers.delete(name);
+  const taken = new Set(numbers.values());
+  let next = 0;
+  for (const name of living) {
+    if (numbers.has(name)) continue;
+    while (taken.has(next)) next++;
+    numbers.set(name, next);
+    taken.add(next);
   }
-  return ((hash >>> 0) * 137.508) % 360;
+}
+
+/** Degrees. */
+export function hueOf(sequence) {
+  return ((numbers.get(nameOf(sequence)) ?? 0) * GOLDEN_ANGLE + 210) % 360;
 }
 
 export class GroupMap {

@@ -1,7 +1,7 @@
 // The page: a prompt and its answer on one side, the engine that makes it on the other. Whatever a model or another
 // user wrote reaches the document through textContent only.
 
-import { GroupMap, hueOf, unpackRanges } from "./blocks.js";
+import { GroupMap, colourSequences, hueOf, unpackRanges } from "./blocks.js";
 import { AnswerError, ask, chunks, key } from "./stream.js";
 
 const POLL = 500; // milliseconds between two looks
@@ -277,13 +277,18 @@ function showMaps(answer) {
   const sum = (state) => groups.reduce((total, group) => total + group[state], 0);
   for (const state of ["used", "shared", "cached", "free"]) at(`count-${state}`).textContent = sum(state).toLocaleString();
   at("map-summary").textContent = `${sum("total").toLocaleString()} blocks of ${answer.block_size} tokens`;
-  const untouched = at("block-details").textContent;
-  while (maps.length < groups.length) {
-    maps.push(new GroupMap(at("maps"), (text) => { at("block-details").textContent = text || untouched; }));
-  }
+  while (maps.length < groups.length) maps.push(new GroupMap(at("maps"), showDetails));
   while (maps.length > groups.length) maps.pop().remove();
+  colourSequences(sequences);
   groups.forEach((group, index) => maps[index].update(group, sequences, answer.block_size, groups.length > 1));
   showSequences(answer);
+}
+
+const HINT = at("block-details").textContent;
+
+function showDetails(text) {
+  const details = at("block-details");
+  if (details.textContent !== (text || HINT)) details.textContent = text || HINT; // what did not change is not said again
 }
 
 function showSequences({ sequences, engine }) {
