@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-from page_server import Brake, Served, serving
+from page_server import KEY, Brake, Served, serving
 
 from kvpage import AsyncEngine
 from tiny_checkpoint import write_checkpoint
 
-KEY = "sk-of-the-browser-tests"
 STEP_SECONDS = 0.02
 
 

@@ -16,6 +16,8 @@ from kvpage_server.app import create_app
 from kvpage_server.service import Service
 from kvpage_server.settings import ServerSettings
 
+KEY = "sk-of-the-browser-tests"
+
 
 class Brake(EventListener):
     """Holds every step up, so that a small model takes as long as a large one."""

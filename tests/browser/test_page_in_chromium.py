@@ -10,9 +10,7 @@ import pytest
 
 pytest.importorskip("websockets", reason="the extra 'browser' is not installed")
 from chromium import Chromium, find_chromium, running_chromium
-from page_server import Served
-
-from conftest import KEY
+from page_server import KEY, Served
 
 PROGRAM = find_chromium()
 pytestmark = [

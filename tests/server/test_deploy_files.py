@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import re
@@ -14,17 +15,22 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 import yaml
+from prometheus_client.parser import text_string_to_metric_families
 
+from kvpage import AsyncEngine, PluginRegistry
 from kvpage.cli.main import COMMANDS
-from kvpage.engine.metrics_text import TEXTS
+from kvpage_server.app import create_app
 from kvpage_server.plugin import kvpage_cli_commands
+from kvpage_server.service import Service
+from kvpage_server.settings import ServerSettings
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCKER = ROOT / "docker"
 DOCKERFILES = ("Dockerfile", "Dockerfile.cuda")
-SUFFIXES = {"counter": ("_total",), "gauge": ("",), "histogram": ("_bucket", "_sum", "_count")}
+METRIC = r"((?:kvpage:|http_|process_)\w+)"
 
 
 def instructions(name: str) -> list[tuple[str, str]]:
@@ -236,23 +242,46 @@ def expressions() -> list[str]:
     return [target["expr"] for panel in dashboard()["panels"] for target in panel.get("targets", ())]
 
 
-def test_every_metric_of_the_dashboard_exists() -> None:
-    exported = {f"kvpage:{name}{end}" for name, (kind, _, _) in TEXTS.items() for end in SUFFIXES[kind]}
-    exported |= {"http_requests_total", "process_resident_memory_bytes", "process_cpu_seconds_total"}
-    asked = {
-        name for text in expressions() for name in re.findall(r"[a-z]\w*:\w+|(?:http|process)_\w+", text)
-    }
+@pytest.fixture(scope="module")
+def exported(engine: AsyncEngine) -> dict[str, set[str]]:
+    """Sample name -> its labels, as a server of which something was asked exports them."""
+    service = Service(engine, ServerSettings(model_names=("tiny",)), PluginRegistry())
+
+    async def scrape() -> str:
+        transport = httpx.ASGITransport(create_app(service))
+        async with httpx.AsyncClient(transport=transport, base_url="http://server") as client:
+            await client.post("/v1/completions", json={"prompt": "Every request", "max_tokens": 2})
+            return (await client.get("/metrics")).text
+
+    found: dict[str, set[str]] = {}
+    for family in text_string_to_metric_families(asyncio.run(scrape())):
+        for sample in family.samples:
+            # What Prometheus adds itself.
+            found.setdefault(sample.name, {"job", "instance"}).update(sample.labels)
+    return found
+
+
+def test_every_metric_of_the_dashboard_is_exported_with_its_labels(exported: dict[str, set[str]]) -> None:
+    selectors = [found for text in expressions() for found in re.findall(METRIC + r"\{([^}]*)\}", text)]
     variables = [str(variable["query"]) for variable in dashboard()["templating"]["list"]]
-    asked |= {name for text in variables for name in re.findall(r"kvpage:\w+", text)}
-    assert len(asked) > 20
-    assert asked - exported == set()
+    selectors += [
+        (name, "model_name=") for text in variables for name in re.findall(r"\((kvpage:\w+),", text)
+    ]
+    assert len({name for name, _ in selectors}) > 20
+    assert {name for name, _ in selectors} - exported.keys() == set()
+    for name, matchers in selectors:
+        assert set(re.findall(r"(\w+)=", matchers)) <= exported[name], name
 
 
-def test_every_label_of_the_dashboard_exists() -> None:
-    grouped = {label for text in expressions() for label in re.findall(r"by \(([a-z_]+)\)", text)}
-    chosen = {label for text in expressions() for label in re.findall(r"[{,] *(\w+)=", text)}
-    assert grouped == {"le", "finished_reason", "status", "state", "phase"}
-    assert chosen == {"model_name", "job"}
+def test_every_metric_of_the_dashboard_is_chosen_by_a_label() -> None:
+    for text in expressions():
+        assert len(re.findall(METRIC, text)) == len(re.findall(METRIC + r"\{", text)), text
+
+
+def test_what_the_dashboard_groups_by_is_a_label(exported: dict[str, set[str]]) -> None:
+    groups = [found for text in expressions() for found in re.findall(r"by \((\w+)\)[^{]*?" + METRIC, text)]
+    assert {label for label, _ in groups} == {"le", "finished_reason", "status", "state", "phase"}
+    assert [(label, name) for label, name in groups if label not in exported[name]] == []
 
 
 def test_the_panels_do_not_overlap_and_have_numbers_of_their_own() -> None:

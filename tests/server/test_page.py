@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
@@ -15,16 +14,8 @@ from kvpage_server.app import create_app
 from kvpage_server.page import FILES
 from kvpage_server.service import Service
 from kvpage_server.settings import ServerSettings
-from tiny_checkpoint import write_checkpoint
 
 PAGE = Path(__file__).resolve().parents[2] / "plugins" / "kvpage_server" / "page"
-
-
-@pytest.fixture(scope="module")
-def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[AsyncEngine]:
-    engine = AsyncEngine(write_checkpoint(tmp_path_factory.mktemp("models") / "tiny"), num_kv_blocks=32)
-    yield engine
-    engine.close()
 
 
 def ask(engine: AsyncEngine, path: str, method: str = "GET", *, headers: dict[str, str] | None = None,
