@@ -136,7 +136,7 @@ def ended(process: subprocess.Popen[str]) -> tuple[int, str]:
 
 def test_sigint_lets_open_requests_end_within_the_timeout_and_refuses_new_ones(tiny: Path) -> None:
     with serving(tiny, "--shutdown-timeout", "20") as (process, url), httpx.Client(trust_env=False) as client:
-        body = {**LONG, "n": 8, "temperature": 1, "stream": True}
+        body = {**LONG, "max_tokens": 240, "n": 8, "temperature": 1, "stream": True}
         with client.stream("POST", url + COMPLETIONS, json=body, timeout=30) as response:
             lines = response.iter_lines()
             next(lines)
