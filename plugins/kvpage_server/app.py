@@ -16,12 +16,24 @@ from kvpage import KvpageError, PluginError, __version__
 from kvpage.plugins import load
 from kvpage_server.errors import ApiError, from_engine
 from kvpage_server.gate import Gate, error_bytes
-from kvpage_server.routes import admin, chat, completions, embeddings, health, metrics, models, page, tokenize
+from kvpage_server.routes import (
+    admin,
+    chat,
+    completions,
+    embeddings,
+    health,
+    metrics,
+    models,
+    page,
+    responses,
+    tokenize,
+)
 from kvpage_server.service import Service
 
 ROUTERS: tuple[Callable[[Service], APIRouter], ...] = (
     completions.router,
     chat.router,
+    responses.router,
     embeddings.router,
     tokenize.router,
     models.router,

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import MutableMapping, Sequence
+from collections.abc import Iterator, MutableMapping, Sequence
+from contextlib import contextmanager
 from datetime import datetime, timezone
 from typing import Any, TextIO
 
@@ -47,14 +48,21 @@ def write_line(
     LOG.info("%s", json.dumps(entry))
 
 
-def send_lines_to(stream: TextIO) -> logging.Handler:
-    """Have the lines written to ``stream`` and nowhere else; for programs that own the process."""
+@contextmanager
+def lines_go_to(stream: TextIO) -> Iterator[None]:
+    """Within the block the lines are written to ``stream`` and nowhere else; for programs that own the process."""
     handler = logging.StreamHandler(stream)
     handler.setFormatter(logging.Formatter("%(message)s"))
+    level, propagate = LOG.level, LOG.propagate
     LOG.addHandler(handler)
     LOG.setLevel(logging.INFO)
     LOG.propagate = False
-    return handler
+    try:
+        yield
+    finally:
+        LOG.removeHandler(handler)
+        LOG.setLevel(level)
+        LOG.propagate = propagate
 
 
 def _engine_request(output: Any, max_prompt: int | None) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import socket
 import stat
 import sys
 from collections.abc import Callable, Coroutine
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from types import FrameType
 from typing import Any, NoReturn
 
@@ -22,6 +22,7 @@ from kvpage_server.app import create_app
 from kvpage_server.command_line import read_flags
 from kvpage_server.http_protocol import bounded_protocol
 from kvpage_server.lifecycle import serve_until_stopped
+from kvpage_server.request_log import lines_go_to
 from kvpage_server.server_flags import Listening, engine_keywords, listening_of, make_parser, settings_of
 from kvpage_server.service import Service
 
@@ -54,12 +55,17 @@ def run(arguments: list[str]) -> int:
             def announce() -> None:
                 print(f"kvpage serving {settings.model_names[0]} at {place}", flush=True)
 
-            return _run_in_loop(
-                config.get_loop_factory(),
-                serve_until_stopped(
-                    service, config, listener, shutdown_timeout=listening.shutdown_timeout, announce=announce
-                ),
-            )
+            with lines_go_to(sys.stderr) if settings.log_requests else nullcontext():
+                return _run_in_loop(
+                    config.get_loop_factory(),
+                    serve_until_stopped(
+                        service,
+                        config,
+                        listener,
+                        shutdown_timeout=listening.shutdown_timeout,
+                        announce=announce,
+                    ),
+                )
         finally:
             engine.close()
     except OSError as error:

@@ -7,9 +7,11 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import get_args
 
 from kvpage.flags.engine import add_engine_flags, add_model_argument, chosen_model, engine_options
 from kvpage.flags.parser import CommandParser, UsageError, human_integer
+from kvpage.params import Pooling
 from kvpage_server.settings import ServerSettings
 from kvpage_server.tools import PARSERS
 
@@ -19,7 +21,7 @@ Flags of vLLM's that mean nothing here are left out with a warning; those that k
 LOCAL, PORT = "127.0.0.1", 8000
 EVERY_INTERFACE = ("0.0.0.0", "::", "")
 LOG_LEVELS = ("critical", "error", "warning", "info", "debug", "trace")
-METRICS_PREFIXES = {"kvpage": "kvpage:", "vllm": "vllm:"}
+METRICS_PREFIXES = {"kvpage": "kvpage:", "vllm": "vllm:", "both": "kvpage:,vllm:"}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -105,9 +107,11 @@ def _add_api(parser: CommandParser) -> None:
     add("--sse-keep-alive-interval", type=float, default=0.0, metavar="SECONDS",
         help="comments on streams that are silent for so long; 0 = none [0]")  # fmt: skip
     add("--metrics-prefix", choices=sorted(METRICS_PREFIXES), default="kvpage", metavar="NAME",
-        help="of the names at /metrics: kvpage or vllm [kvpage]")  # fmt: skip
+        help="of the names at /metrics: kvpage, vllm or both [kvpage]")  # fmt: skip
     _switch(group, "--enable-log-requests", "one JSON line a request in the log")
-    add("--max-log-len", type=human_integer, metavar="N", help="characters of a prompt in it [all]")
+    add("--max-log-len", type=human_integer, metavar="N", help="characters of a prompt in it [0]")
+    add("--pooling", choices=get_args(Pooling), default="last", metavar="KIND",
+        help="what makes an embedding: the hidden state of the last token, or the mean [last]")  # fmt: skip
     _switch(group, "--disable-fastapi-docs", "no /docs and no /openapi.json")
     _switch(group, "--disable-page", "no page at /")
     _switch(group, "--enable-admin", "/reset_prefix_cache and the like answer; needs a key")
@@ -170,6 +174,7 @@ def settings_of(namespace: argparse.Namespace, environment: Mapping[str, str] = 
         log_requests=namespace.enable_log_requests,
         max_log_len=namespace.max_log_len,
         metrics_prefix=METRICS_PREFIXES[namespace.metrics_prefix],
+        pooling=namespace.pooling,
         root_path=namespace.root_path.rstrip("/"),
         allowed_origins=namespace.allowed_origins,
         allow_credentials=namespace.allow_credentials,

@@ -33,7 +33,7 @@ class ServerSettings:
         overload_status: 503 or 429, where the queue is full.
         sse_keep_alive: seconds between comments on an idle stream; 0 = none.
         keep_alive_on_engine_death: stay up and answer 500 after the engine died.
-        log_requests: one JSON line a request. max_log_len: characters of a prompt in it.
+        log_requests: one JSON line a request. max_log_len: characters of a prompt in it, else none.
         metrics_prefix: of every metric's name ("kvpage:", "vllm:"); several, with commas between them, for the same
             values under each.
         pooling: which hidden states make an embedding: that of the "last" token, or the "mean".
