@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import re
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
+from fastapi import FastAPI
 
 from kvpage import AsyncEngine, PluginRegistry
 from kvpage_server.app import create_app
@@ -18,21 +20,39 @@ from kvpage_server.settings import ServerSettings
 PAGE = Path(__file__).resolve().parents[2] / "plugins" / "kvpage_server" / "page"
 
 
-def ask(engine: AsyncEngine, path: str, method: str = "GET", *, headers: dict[str, str] | None = None,
-        **settings: object) -> httpx.Response:  # fmt: skip
-    service = Service(engine, ServerSettings(model_names=("tiny",), **settings), PluginRegistry())
+class Asker:
+    """ask(path, method, headers=..., **settings) -> the answer of a server with these settings."""
 
-    async def run() -> httpx.Response:
-        transport = httpx.ASGITransport(create_app(service))
-        async with httpx.AsyncClient(transport=transport, base_url="http://server") as client:
-            return await client.request(method, path, headers=headers)
+    def __init__(self, engine: AsyncEngine) -> None:
+        self._engine = engine
+        self._apps: dict[str, FastAPI] = {}
 
-    return asyncio.run(run())
+    def __call__(
+        self, path: str, method: str = "GET", *, headers: dict[str, str] | None = None, **settings: Any
+    ) -> httpx.Response:
+        name = repr(settings)
+        if name not in self._apps:
+            service = Service(
+                self._engine, ServerSettings(model_names=("tiny",), **settings), PluginRegistry()
+            )
+            self._apps[name] = create_app(service)
+
+        async def run() -> httpx.Response:
+            transport = httpx.ASGITransport(self._apps[name])
+            async with httpx.AsyncClient(transport=transport, base_url="http://server") as client:
+                return await client.request(method, path, headers=headers)
+
+        return asyncio.run(run())
+
+
+@pytest.fixture(scope="module")
+def ask(engine: AsyncEngine) -> Asker:
+    return Asker(engine)
 
 
 @pytest.mark.parametrize("path", FILES)
-def test_the_files_are_had_without_a_key_under_a_strict_policy(engine: AsyncEngine, path: str) -> None:
-    answer = ask(engine, path, api_keys=("sk-1",))
+def test_the_files_are_had_without_a_key_under_a_strict_policy(ask: Asker, path: str) -> None:
+    answer = ask(path, api_keys=("sk-1",))
     assert answer.status_code == 200
     assert answer.headers["content-type"].split(";")[0] == FILES[path][1].split(";")[0]
     assert answer.headers["x-content-type-options"] == "nosniff"
@@ -42,30 +62,28 @@ def test_the_files_are_had_without_a_key_under_a_strict_policy(engine: AsyncEngi
     assert policy["frame-ancestors"] == "'none'"
 
 
-def test_who_has_a_file_is_told_so_and_sent_nothing(engine: AsyncEngine) -> None:
-    first = ask(engine, "/page/page.js")
-    again = ask(engine, "/page/page.js", headers={"If-None-Match": first.headers["etag"]})
+def test_who_has_a_file_is_told_so_and_sent_nothing(ask: Asker) -> None:
+    first = ask("/page/page.js")
+    again = ask("/page/page.js", headers={"If-None-Match": first.headers["etag"]})
     assert (again.status_code, again.content) == (304, b"")
-    assert ask(engine, "/", "HEAD").status_code == 200
+    assert ask("/", "HEAD").status_code == 200
 
 
 @pytest.mark.parametrize(("keys", "mark"), [((), "none"), (("sk-1",), "needed")])
-def test_the_page_knows_whether_to_ask_for_a_key(
-    engine: AsyncEngine, keys: tuple[str, ...], mark: str
-) -> None:
-    text = ask(engine, "/", api_keys=keys).text
+def test_the_page_knows_whether_to_ask_for_a_key(ask: Asker, keys: tuple[str, ...], mark: str) -> None:
+    text = ask("/", api_keys=keys).text
     assert re.findall(r'name="kvpage-key" content="(\w+)"', text) == [mark]
     assert "sk-1" not in text
 
 
 @pytest.mark.parametrize("path", [*FILES, "/kvpage/blocks", "/kvpage/plan"])
-def test_a_server_without_the_page_has_nothing_of_it(engine: AsyncEngine, path: str) -> None:
-    assert ask(engine, path, enable_page=False).status_code == 404
+def test_a_server_without_the_page_has_nothing_of_it(ask: Asker, path: str) -> None:
+    assert ask(path, enable_page=False).status_code == 404
 
 
 @pytest.mark.parametrize("path", ["/page/", "/page/../auth.py", "/page/%2e%2e/auth.py", "/page/__init__.py"])
-def test_no_other_file_can_be_had(engine: AsyncEngine, path: str) -> None:
-    assert ask(engine, path).status_code == 404
+def test_no_other_file_can_be_had(ask: Asker, path: str) -> None:
+    assert ask(path).status_code == 404
 
 
 def test_every_file_of_the_page_is_served_and_no_address_leads_elsewhere() -> None:
