@@ -60,6 +60,10 @@ def _refuse(body: ResponsesRequest) -> None:
     for name, reason in REFUSED.items():
         if getattr(body, name) not in (None, False, 0):
             raise bad_request(f"{name} is not supported: {reason}", name)
+    if body.max_output_tokens is not None and body.max_output_tokens < 1:
+        raise bad_request(
+            f"max_output_tokens must be at least 1, got {body.max_output_tokens}", "max_output_tokens"
+        )
     if LOGPROBS in (body.include or ()):
         raise bad_request(f"include={LOGPROBS} is not supported: {REFUSED['top_logprobs']}", "include")
     if body.truncation not in (None, "disabled"):

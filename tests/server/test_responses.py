@@ -18,6 +18,8 @@ from pydantic import TypeAdapter
 from scripted_model import engine_options, says
 from served_model import MODEL, ServedModel, serving
 
+from kvpage_server.protocol.responses import ResponsesRequest
+
 URL = "/v1/responses"
 TOOL = {
     "type": "function",
@@ -38,9 +40,9 @@ def server(tiny: Path) -> Iterator[ServedModel]:
         yield running
 
 
-def respond(server: ServedModel, text: str, **fields: Any) -> dict[str, Any]:
-    """The body of an answer ``text``; it must fit the client's own types, strictly."""
-    answer = server.post(URL, **{"input": "hi", "max_output_tokens": 200, **says(server, text), **fields})
+def respond(server: ServedModel, said: str, /, **fields: Any) -> dict[str, Any]:
+    """The body of the answer ``said``; it must fit the client's own types, strictly."""
+    answer = server.post(URL, **{"input": "hi", "max_output_tokens": 200, **says(server, said), **fields})
     assert answer.status_code == 200, answer.text
     body: dict[str, Any] = answer.json()
     Response.model_validate_json(answer.text, strict=True)
@@ -200,8 +202,6 @@ def test_a_named_function_is_called(server: ServedModel) -> None:
 
 
 def test_null_is_accepted_for_every_optional_field(server: ServedModel) -> None:
-    from kvpage_server.protocol.responses import ResponsesRequest
-
     names = set(ResponsesRequest.model_fields) - {"input", "logits_processors", "vllm_xargs"}
     assert respond(server, TEXT, **dict.fromkeys(names))["output"][0]["content"][0]["text"] == TEXT
 
@@ -231,9 +231,9 @@ def test_what_has_no_effect_is_named_in_a_header(server: ServedModel) -> None:
         ({"input": [{"type": "function_call", "call_id": "c", "name": "f"}]}, "input"),
         ({"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, "messages"),
         ({"input": [{"content": "a"}]}, "messages"),
-        ({"input": None}, "body.input"),
+        ({"input": None}, "body.input.str"),
         ({"temperature": 3}, "temperature"),
-        ({"max_output_tokens": 0}, "max_tokens"),
+        ({"max_output_tokens": 0}, "max_output_tokens"),
     ],
 )
 def test_a_wrong_request_is_refused_by_name(server: ServedModel, fields: dict[str, Any], param: str) -> None:

@@ -58,7 +58,7 @@ async def answer(service: Service, request: Request, body: ResponsesRequest) -> 
         prompt, unused = prepare(service, chat, tools, params.max_tokens)
     said = [name for name in WITHOUT_EFFECT if getattr(body, name) is not None]
     headers = ignored_header(body, service.settings, *said, *unused)
-    answer_id = new_answer_id("resp", request, body.request_id)
+    answer_id = new_answer_id("resp", request, body.request_id).replace("-", "_", 1)
     handles = generation.submit(
         service, [prompt], params, answer_id=answer_id, priority=priority, cache_salt=salt
     )
