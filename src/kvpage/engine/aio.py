@@ -277,9 +277,9 @@ class AsyncEngine:
 
     def inspect(self) -> BlockMap:
         """The block map between two steps; ``.to_text()``, ``.to_svg()``."""
-        from kvpage.inspect.snapshot import take_snapshot  # the picture is drawn on demand
+        from kvpage.inspect.snapshot import map_blocks  # the picture is drawn on demand, in the caller's thread
 
-        return self._worker.call(lambda core: take_snapshot(core.scheduler)).result()
+        return map_blocks(self._worker.call(lambda core: core.scheduler.snapshot()).result())
 
     def reset_prefix_cache(self) -> bool:
         """Forget all cached prefixes; ``False`` (and nothing done) while requests hold blocks."""

@@ -9,6 +9,7 @@ from typing import Literal, TypeAlias
 from kvpage.inspect.block_map_svg import block_map_svg
 from kvpage.inspect.block_map_text import block_map_text
 from kvpage.sched.scheduler import Scheduler
+from kvpage.sched.snapshot import SchedulerSnapshot
 
 BlockUse: TypeAlias = Literal["free", "cached", "used", "shared"]
 """free: nothing of worth. cached: no sequence holds it, the prefix index may still hand it out. used: one
@@ -89,7 +90,11 @@ class BlockMap:
 
 def take_snapshot(scheduler: Scheduler) -> BlockMap:
     """The block map of a scheduler's block manager. To be called by the thread that steps it."""
-    state = scheduler.snapshot()
+    return map_blocks(scheduler.snapshot())
+
+
+def map_blocks(state: SchedulerSnapshot) -> BlockMap:
+    """The block map of what a scheduler said; any thread may work it out."""
     size = state.block_size
     live = [*state.running, *state.waiting]
     owners: list[dict[int, list[BlockOwner]]] = [{} for _ in state.groups]
