@@ -9,6 +9,7 @@ import uuid
 from collections.abc import MutableMapping
 from typing import Any
 
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from kvpage_server.auth import OPEN_PATHS, Keys
@@ -44,6 +45,8 @@ class Gate:
             await self._app(scope, self._limited(receive), reply.send)
         except ApiError as error:
             await reply.refuse(error)
+        except ClientDisconnect:
+            pass  # it left before its request was whole
         except Exception:
             # What nobody expected is told to the log in full and to the client not at all.
             LOG.exception("request %s failed", request_id)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import islice
 from typing import Any
 
 from kvpage import RequestError, SamplingParams
@@ -42,6 +43,12 @@ LOWEST_TEMPERATURE = 0.01
 MAX_TEMPERATURE = 2.0
 IGNORED_HEADER = "x-kvpage-ignored-fields"
 SHOWN_NAMES = 20
+MOST_ENTRIES: Mapping[str, int] = {
+    "logit_bias": 2**18, "allowed_token_ids": 2**18, "stop_token_ids": 2**18,  # more than any vocabulary has
+    "bad_words": 1024, "logits_processors": 64,
+}  # fmt: skip
+MAX_TEXT = 4096
+"""Characters of a stop string or a bad word."""
 
 
 def ignored_header(body: RequestBody, settings: ServerSettings, *more: str) -> dict[str, str]:
@@ -50,11 +57,14 @@ def ignored_header(body: RequestBody, settings: ServerSettings, *more: str) -> d
     Raises:
         ApiError: 400 with ``strict_fields``, for fields that are not known at all.
     """
-    unknown = sorted(body.model_extra or ())
+    unknown = list(islice(body.model_extra or (), SHOWN_NAMES))
     if unknown and settings.strict_fields:
         raise bad_request(f"unknown field {unknown[0]!r:.100}", unknown[0][:100])
     known = [name for name in WITHOUT_EFFECT if getattr(body, name, None) is not None]
-    names = ["".join(filter(_plain, name))[:64] for name in (*known, *more, *unknown)][:SHOWN_NAMES]
+    options = getattr(body, "stream_options", None)
+    if options is not None:
+        known += [f"stream_options.{name}" for name in islice(options.model_extra, SHOWN_NAMES)]
+    names = ["".join(filter(_plain, name[:64])) for name in (*known, *more, *unknown)[:SHOWN_NAMES]]
     return {IGNORED_HEADER: ",".join(names)} if names else {}
 
 
@@ -119,6 +129,7 @@ def _check_limits(body: GenerationBody, service: Service, max_tokens: int | None
         raise bad_request(_with_value(text, "temperature", body.temperature), "temperature")
     if isinstance(body.stop, list) and len(body.stop) > settings.max_stops:
         raise bad_request(f"stop takes at most {settings.max_stops} strings, got {len(body.stop)}", "stop")
+    _check_sizes(body)
     if max_tokens is not None and max_tokens > service.max_model_len:
         raise bad_request(
             f"max_tokens={max_tokens} cannot be greater than max_model_len={service.max_model_len}. "
@@ -129,6 +140,20 @@ def _check_limits(body: GenerationBody, service: Service, max_tokens: int | None
         raise bad_request("prompt_logprobs cannot be streamed: set stream to false", "prompt_logprobs")
     if body.stream_options is not None and not body.stream:
         raise bad_request("stream_options needs stream to be true", "stream_options")
+
+
+def _check_sizes(body: GenerationBody) -> None:
+    """Each entry costs time in every step, and a body has room for millions."""
+    for name, limit in MOST_ENTRIES.items():
+        size = len(getattr(body, name) or ())
+        if size > limit:
+            raise bad_request(f"{name} takes at most {limit} entries, got {size}", name)
+    for name, texts in {"stop": body.stop, "bad_words": body.bad_words}.items():
+        for text in [texts] if isinstance(texts, str) else texts or ():
+            if len(text) > MAX_TEXT:
+                raise bad_request(
+                    f"{name} takes texts of at most {MAX_TEXT} characters, got {len(text)}", name
+                )
 
 
 def _named(error: RequestError, body: GenerationBody) -> ApiError:

@@ -147,7 +147,12 @@ def test_with_echo_the_prompt_s_tokens_have_logprobs_but_the_first(server: LiveS
 
 def test_tokens_may_be_named_by_their_ids(server: LiveServer) -> None:
     only = choice(
-        server, max_tokens=2, logprobs=0, return_tokens_as_token_ids=True, return_token_ids=True, prompt=TOKENS
+        server,
+        max_tokens=2,
+        logprobs=0,
+        return_tokens_as_token_ids=True,
+        return_token_ids=True,
+        prompt=TOKENS,
     )
     assert only["logprobs"]["tokens"] == [f"token_id:{token}" for token in only["token_ids"]]
     assert only["prompt_token_ids"] == TOKENS
@@ -164,7 +169,12 @@ def test_a_prompt_may_be_cut_to_its_last_or_first_tokens(server: LiveServer) -> 
     last = choice(server, prompt=TOKENS, truncate_prompt_tokens=2, return_token_ids=True, max_tokens=1)
     assert last["prompt_token_ids"] == TOKENS[-2:]
     first = choice(
-        server, prompt=TOKENS, truncate_prompt_tokens=2, truncation_side="right", return_token_ids=True, max_tokens=1
+        server,
+        prompt=TOKENS,
+        truncate_prompt_tokens=2,
+        truncation_side="right",
+        return_token_ids=True,
+        max_tokens=1,
     )
     assert first["prompt_token_ids"] == TOKENS[:2]
     fitted = choice(
@@ -197,6 +207,14 @@ def test_fields_without_effect_are_named_in_a_header(server: LiveServer) -> None
     body = {"prompt": "a", "max_tokens": 1, "user": "me", "best_of": 3, "made\r\nup": 1}
     response = server.post("/v1/completions", body)
     assert response.headers["x-kvpage-ignored-fields"] == "user,best_of,madeup"
+    streamed = {
+        "prompt": "a",
+        "max_tokens": 1,
+        "stream": True,
+        "stream_options": {"include_obfuscation": False},
+    }
+    response = server.post("/v1/completions", streamed)
+    assert response.headers["x-kvpage-ignored-fields"] == "stream_options.include_obfuscation"
     assert "x-kvpage-ignored-fields" not in server.post("/v1/completions", {"prompt": "a"}).headers
 
 
