@@ -15,6 +15,7 @@ from kvpage_server.protocol.base import ErrorBody
 
 BodyT = TypeVar("BodyT", bound=BaseModel)
 MAX_ERRORS = 10
+MAX_DEPTH = 100
 IN_A_THREAD = 32 * 1024
 """Bytes of body from which on parsing and tokenizing would hold up other streams."""
 
@@ -59,6 +60,7 @@ def parse_body(raw: bytes, body: type[BodyT]) -> BodyT:
     value = _parse(raw)
     if not isinstance(value, dict):
         raise _bad(f"the body must be a JSON object, got {_SHORT.repr(value)}")
+    _check_depth(raw, value)
     try:
         return body.model_validate(value)
     except ValidationError as error:
@@ -82,10 +84,27 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """Two readers of one body must not see different values, so a name may stand there once."""
     found = dict(pairs)
     if len(found) != len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
+        seen = set[str]()
+        twice = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
         raise _bad(f"the body names {twice[:100]!r} twice in one object")
     return found
+
+
+def _check_depth(raw: bytes, value: Any) -> None:
+    """Raises ApiError for what is so deep that code which walks through it would run out of stack."""
+    if raw.count(b"[") + raw.count(b"{") <= MAX_DEPTH:
+        return
+    level = [value]
+    for _ in range(MAX_DEPTH):
+        level = [
+            inner
+            for outer in level
+            for inner in (outer.values() if isinstance(outer, dict) else outer)
+            if isinstance(inner, (dict, list))
+        ]
+        if not level:
+            return
+    raise _bad(f"the body is nested more than {MAX_DEPTH} levels deep")
 
 
 def _no_number(text: str) -> NoReturn:

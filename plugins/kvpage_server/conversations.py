@@ -77,18 +77,6 @@ def last_text(body: ChatRequest) -> tuple[str, str]:
     return (role if isinstance(role, str) else "assistant"), (content if isinstance(content, str) else "")
 
 
-def size_of(body: ChatRequest) -> int:
-    """Roughly how many characters the conversation has; decides where it is rendered, nothing else."""
-    total = 0
-    for message in body.messages:
-        content = message.get("content")
-        if isinstance(content, list):
-            total += sum(len(str(part.get("text", ""))) if isinstance(part, dict) else 0 for part in content)
-        elif isinstance(content, str):
-            total += len(content)
-    return total + 64 * len(body.messages) + 1024 * len(body.tools or ())
-
-
 def _without_nulls(message: dict[str, Any]) -> dict[str, Any]:
     """Clients send an answer back as they dumped it, ``tool_calls: null`` and all; templates ask what is there."""
     return {name: value for name, value in message.items() if value is not None or name == "content"}

@@ -17,6 +17,8 @@ from kvpage_server.service import Service
 
 PRIORITY_HEADERS = ("x-kvpage-priority", "x-vllm-priority")
 SALT_MUST_NOT_HOLD = "@/\\\0"
+PIECE = 16 * 1024
+"""Characters that are tokenized in one go; a few hundredths of a second."""
 CLAMPED = "x-kvpage-max-tokens-clamped"
 
 
@@ -38,12 +40,39 @@ def tokenize(service: Service, text: str, *, add_special_tokens: bool) -> list[i
         raise bad_request("the prompt is empty: give at least one character or token", "prompt")
     if service.engine.tokenizer is None:
         raise bad_request("this server has no tokenizer: give the prompt as token ids", "prompt")
+    check_length(service, text, 2 * service.max_model_len)
     return service.engine.tokenizer.encode(text, add_special_tokens=add_special_tokens)
+
+
+def check_length(service: Service, text: str, most: int) -> None:
+    """Raises ApiError for a text of far too many tokens, before all of it is tokenized.
+
+    Encoding holds the interpreter's lock, and of 16 MB does so for half a minute; in pieces, others get their turn.
+    The pieces of a text may have a few more tokens than the whole has: hence twice the context in ``most``.
+    """
+    tokenizer = service.engine.tokenizer
+    if tokenizer is None or len(text) <= PIECE:
+        return
+    tokens = 0
+    for start in range(0, len(text), PIECE):
+        tokens += len(tokenizer.encode(text[start : start + PIECE], add_special_tokens=False))
+        if tokens > most:
+            raise bad_request(
+                f"This model's maximum context length is {service.max_model_len} tokens. However, the first "
+                f"{start + PIECE} of {len(text)} characters alone are some {tokens} tokens: send less text at once.",
+                "input_tokens",
+            )
 
 
 def truncated(ids: list[int], body: PromptBody, service: Service, max_tokens: int | None) -> list[int]:
     """``truncate_prompt_tokens`` and ``truncation_side``; -1 = as many as leave room for ``max_tokens``."""
     keep, side = body.truncate_prompt_tokens, body.truncation_side
+    if keep is None and len(ids) > service.max_model_len:
+        raise bad_request(
+            f"This model's maximum context length is {service.max_model_len} tokens. However, your prompt contains "
+            f"{len(ids)} input tokens. Shorten it, or set truncate_prompt_tokens.",
+            "input_tokens",
+        )
     if side not in (None, "left", "right"):
         raise bad_request(f"truncation_side must be 'left' or 'right', got {side!r:.40}", "truncation_side")
     if keep is None:

@@ -267,7 +267,7 @@ def _number(
 ) -> None:
     if value is None:
         return
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not _is_finite(value):
         raise RequestError(f"{name} must be a finite number, got {value!r}", param=name)
     too_low = low is not None and (value <= low if open_low else value < low)
     if too_low or (high is not None and value > high):
@@ -275,3 +275,10 @@ def _number(
             "" if high is None else f" and at most {high:g}"
         )
         raise RequestError(f"{name} must be {bounds}, got {value!r}", param=name)
+
+
+def _is_finite(value: float) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an integer beyond all floats
+        return False

@@ -12,7 +12,7 @@ from kvpage import SamplingParams
 from kvpage_server import generation
 from kvpage_server.body import IN_A_THREAD, documented, read_body
 from kvpage_server.chat_answers import ChatChunks, ChatStyle, whole
-from kvpage_server.conversations import chat_options, last_text, size_of
+from kvpage_server.conversations import chat_options, last_text
 from kvpage_server.errors import bad_request
 from kvpage_server.generation import Prepared
 from kvpage_server.protocol.chat import ChatRequest, ChatResponse
@@ -47,7 +47,7 @@ async def answer(service: Service, request: Request, body: ChatRequest) -> Respo
     params = _params(body, service, keep_special=tools.special_tokens)
     priority = generation.priority_of(request, body, service)
     salt = generation.salt_of(body)
-    if size_of(body) > IN_A_THREAD:
+    if len(await request.body()) > IN_A_THREAD:
         prompt, unused = await asyncio.to_thread(prepare, service, body, tools, params.max_tokens)
     else:
         prompt, unused = prepare(service, body, tools, params.max_tokens)

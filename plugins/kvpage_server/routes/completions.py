@@ -48,14 +48,18 @@ async def answer(service: Service, request: Request, body: CompletionRequest) ->
     refuse_unsupported(body)
     headers = ignored_header(body, service.settings)
     params = _params(body, service)
-    given = given_prompts(body.prompt, service, "prompt")
+    big = len(await request.body()) > IN_A_THREAD
+    if big:
+        given = await asyncio.to_thread(given_prompts, body.prompt, service, "prompt")
+    else:
+        given = given_prompts(body.prompt, service, "prompt")
     n = params.n
     if n * len(given) > service.settings.max_choices:
         raise bad_request(
             f"{len(given)} prompts with n={n} are more than {service.settings.max_choices} choices: "
             "send fewer at once", "n",
         )  # fmt: skip
-    if sum(map(len, given)) > IN_A_THREAD:
+    if big:
         prompts = await asyncio.to_thread(_prepare, given, body, service)
     else:
         prompts = _prepare(given, body, service)

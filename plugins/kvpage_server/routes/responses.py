@@ -10,7 +10,6 @@ from starlette.responses import Response
 
 from kvpage_server import generation
 from kvpage_server.body import IN_A_THREAD, documented, read_body
-from kvpage_server.conversations import size_of
 from kvpage_server.protocol.responses import ResponseObject, ResponsesRequest
 from kvpage_server.replies import json_reply, new_answer_id
 from kvpage_server.request_log import remember
@@ -52,7 +51,7 @@ async def answer(service: Service, request: Request, body: ResponsesRequest) -> 
         **({"skip_special_tokens": False} if tools.special_tokens else {}),
     )
     priority, salt = generation.priority_of(request, body, service), generation.salt_of(body)
-    if size_of(chat) > IN_A_THREAD:
+    if len(await request.body()) > IN_A_THREAD:
         prompt, unused = await asyncio.to_thread(prepare, service, chat, tools, params.max_tokens)
     else:
         prompt, unused = prepare(service, chat, tools, params.max_tokens)

@@ -9,6 +9,7 @@ from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
 
+from kvpage_server import generation
 from kvpage_server.body import ERRORS, IN_A_THREAD, documented, read_body
 from kvpage_server.conversations import template_source
 from kvpage_server.errors import bad_request
@@ -25,6 +26,8 @@ from kvpage_server.sampling import ignored_header
 from kvpage_server.service import Service
 
 NO_TOKENIZER = "this server has no tokenizer: text and token ids cannot be turned into each other"
+MOST_TOKENS = 2**18
+"""Tokens of a text, or twice the context if that is more: whoever splits a book does so before."""
 MANY_TOKENS = 10_000
 """Token ids from which on decoding would hold up other streams."""
 
@@ -94,10 +97,12 @@ def _encoded(service: Service, body: TokenizeRequest) -> tuple[list[int], list[s
     if (body.prompt is None) == (body.messages is None):
         raise bad_request("give either prompt or messages", "prompt")
     if body.prompt is not None:
+        generation.check_length(service, body.prompt, max(MOST_TOKENS, 2 * service.max_model_len))
         tokens = tokenizer.encode(body.prompt, add_special_tokens=body.add_special_tokens is not False)
     else:
         text = render(service, body, open_turn=True, tools=body.tools)
         # The template writes special tokens out itself.
+        generation.check_length(service, text, max(MOST_TOKENS, 2 * service.max_model_len))
         tokens = tokenizer.encode(text, add_special_tokens=bool(body.add_special_tokens))
     return tokens, [tokenizer.token_text(token) for token in tokens] if body.return_token_strs else None
 

@@ -269,14 +269,14 @@ class InputProcessor:
 
     def _bad_words(self, params: SamplingParams) -> list[list[int]]:
         """Each bad word as it is written at the start of a text and after a space."""
-        found: list[list[int]] = []
+        found: dict[tuple[int, ...], None] = {}
         for word in params.bad_words:
             tokenizer = self._need_tokenizer()
             for text in (word, f" {word.lstrip()}"):
                 ids = tokenizer.encode(text, add_special_tokens=False)
-                if ids and ids not in found:
-                    found.append(ids)
-        return found
+                if ids:
+                    found[tuple(ids)] = None
+        return [list(ids) for ids in found]
 
     def _seed_for(self, params: SamplingParams, number: int) -> int:
         if params.seed is not None:

@@ -168,7 +168,7 @@ class Sampler:
         self._streams[slot] = stream
         self._logprobs[slot] = params.logprobs or 0
         self._temperature[slot] = temperature
-        self._top_k[slot] = max(0, params.top_k or 0)
+        self._top_k[slot] = min(max(0, params.top_k or 0), self.vocab_size)
         self._top_p[slot] = 1.0 if params.top_p is None else params.top_p
         self._min_p[slot] = params.min_p or 0.0
 

@@ -231,7 +231,7 @@ def _read_arguments(call: object) -> None:
     if isinstance(function, dict) and isinstance(function.get("arguments"), str):
         try:
             arguments = json.loads(function["arguments"] or "{}")
-        except ValueError:
+        except (ValueError, RecursionError):
             return
         if isinstance(arguments, dict):
             function["arguments"] = arguments
