@@ -301,6 +301,39 @@ def test_two_event_loops_in_two_threads_share_an_engine(
     assert found == {index: [expected[prompt] for prompt in PROMPTS] for index in range(2)}
 
 
+def test_a_loop_that_is_blocked_does_not_hold_up_another(make_async: MakeAsync) -> None:
+    engine = make_async()
+    answers: list[str] = []
+
+    async def ask() -> None:
+        answers.append((await engine.generate(PROMPTS[0], GREEDY)).outputs[0].text)
+
+    async def main() -> None:
+        endless = engine.generate(PROMPTS[1], ENDLESS)
+        async for _ in endless:
+            break_off = threading.Thread(target=lambda: asyncio.run(ask()))
+            break_off.start()
+            break_off.join(timeout=60)  # this loop hands out nothing meanwhile
+            break
+        endless.cancel()
+
+    asyncio.run(main())
+    assert len(answers) == 1
+
+
+def test_a_reader_that_keeps_up_gets_its_tokens_one_by_one(make_async: MakeAsync) -> None:
+    engine = make_async()
+
+    async def main() -> list[int]:
+        return [
+            len(event.token_ids) async for event in engine.generate(PROMPTS[0], ENDLESS) if event.token_ids
+        ]
+
+    counts = asyncio.run(main())
+    assert sum(counts) == ENDLESS.max_tokens
+    assert counts.count(1) > 0.9 * len(counts)
+
+
 def test_what_a_thread_without_loop_submits_a_loop_can_await(make_async: MakeAsync) -> None:
     engine = make_async()
     handles = []

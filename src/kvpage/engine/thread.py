@@ -6,6 +6,8 @@ import asyncio
 import logging
 import os
 import threading
+import time
+import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
@@ -35,6 +37,34 @@ class Reader(Protocol):
         """End the request."""
 
 
+PATIENCE = 0.1
+"""Seconds that steps wait in all for an event loop that still hands out earlier tokens, until it has caught up."""
+
+
+class Pace:
+    """Whether an event loop has handed out what it was last woken for.
+
+    An engine that is quicker than its readers would otherwise take the interpreter from them, step after step, and
+    its tokens would come in bursts. A loop that is blocked costs ``PATIENCE`` once; then nobody waits for it.
+    """
+
+    __slots__ = ("_patience", "caught_up")
+
+    def __init__(self) -> None:
+        self.caught_up = threading.Event()
+        self.caught_up.set()
+        self._patience = PATIENCE
+
+    def wait(self) -> bool:
+        """Whether the loop has caught up, waiting for it while there is patience."""
+        began = time.monotonic()
+        if self.caught_up.wait(self._patience):
+            self._patience = PATIENCE
+            return True
+        self._patience = max(0.0, self._patience - (time.monotonic() - began))
+        return False
+
+
 class CoreThread:
     """Runs the core in a thread of its own. What others want of the core goes through ``call``."""
 
@@ -43,6 +73,7 @@ class CoreThread:
         self._condition = threading.Condition()
         self._commands: deque[Callable[[], None]] = deque()
         self._watched: dict[AnyState, Reader] = {}
+        self._paces: weakref.WeakKeyDictionary[Loop, Pace] = weakref.WeakKeyDictionary()
         self._stopping = False
         self._process = os.getpid()
         self._thread = threading.Thread(target=self._run, name="kvpage-engine", daemon=True)
@@ -177,8 +208,12 @@ class CoreThread:
             if reader is not None and loop is not None:
                 by_loop.setdefault(loop, []).append(reader)
         for loop, readers in by_loop.items():
+            pace = self._paces.setdefault(loop, Pace())
+            told = pace.caught_up if pace.wait() else None
+            if told is not None:
+                told.clear()
             try:
-                loop.call_soon_threadsafe(_wake_all, readers)
+                loop.call_soon_threadsafe(_wake_all, loop, readers, told)
             except RuntimeError:
                 # The loop is closed, so nobody reads these any more: their requests end.
                 for reader in readers:
@@ -186,6 +221,9 @@ class CoreThread:
                     reader.cancel()
 
 
-def _wake_all(readers: Sequence[Reader]) -> None:
+def _wake_all(loop: Loop, readers: Sequence[Reader], told: threading.Event | None) -> None:
     for reader in readers:
         reader.wake()
+    if told is not None:
+        # The woken tasks run in the loop's next turn; after it they have taken their tokens.
+        loop.call_soon(loop.call_soon, told.set)
