@@ -141,8 +141,11 @@ def _hoist_schemas(app: FastAPI) -> None:
         if app.openapi_schema is None:
             document = plain()
             schemas = document.setdefault("components", {}).setdefault("schemas", {})
+            for unused in ("HTTPValidationError", "ValidationError"):
+                schemas.pop(unused, None)
             for path in document["paths"].values():
                 for operation in path.values():
+                    operation["responses"].pop("422", None)  # what FastAPI adds; here it is a 400
                     content = operation.get("requestBody", {}).get("content", {})
                     schema = content.get("application/json", {}).get("schema", {})
                     schemas.update(schema.pop("$defs", {}))

@@ -10,7 +10,7 @@ from kvpage_server.service import Service
 
 RESERVED = frozenset(
     {"messages", "tools", "documents", "add_generation_prompt", "continue_final_message", "chat_template",
-     "conversation", "tokenize", "template_options"}
+     "self", "conversation", "tokenize", "template_options"}
 )  # fmt: skip
 """What chat_template_kwargs may not set: the request has fields of its own for these, which are checked."""
 

@@ -7,8 +7,8 @@ from itertools import islice
 from typing import Any
 
 from kvpage import RequestError, SamplingParams
-from kvpage_server.errors import ApiError, bad_request, not_implemented
-from kvpage_server.protocol.base import INT64, GenerationBody, RequestBody
+from kvpage_server.errors import ApiError, bad_request
+from kvpage_server.protocol.base import INT64, GenerationBody, RequestBody, StreamOptions
 from kvpage_server.service import Service
 from kvpage_server.settings import ServerSettings
 
@@ -19,24 +19,24 @@ PASSED_ON = (
 )  # fmt: skip
 """Fields that SamplingParams takes by the same name and checks."""
 
-REFUSED: Mapping[str, tuple[int, str]] = {
-    "suffix": (400, "this model does not fill in the middle: leave it out"),
-    "structured_outputs": (400, "structured output has not landed yet: leave it out"),
-    "prompt_embeds": (400, "prompts are text or token ids"),
-    "functions": (400, "it was replaced by tools"),
-    "function_call": (400, "it was replaced by tool_choice"),
-    "guided_json": (400, "structured output has not landed yet: leave it out"),
-    "guided_regex": (400, "structured output has not landed yet: leave it out"),
-    "guided_choice": (400, "structured output has not landed yet: leave it out"),
-    "guided_grammar": (400, "structured output has not landed yet: leave it out"),
-    "use_beam_search": (501, "beam search has not landed yet: leave it out"),
-    "kv_transfer_params": (501, "KV connectors have not landed yet: leave it out"),
-    "thinking_token_budget": (501, "it has not landed yet: use max_tokens"),
-    "repetition_detection": (501, "it has not landed yet: use repetition_penalty"),
-    "watermarking": (501, "it has not landed yet: leave it out"),
-    "logprob_token_ids": (501, "it has not landed yet: use logprobs"),
+REFUSED: Mapping[str, str] = {
+    "suffix": "this model does not fill in the middle: leave it out",
+    "structured_outputs": "structured output has not landed yet: leave it out",
+    "prompt_embeds": "prompts are text or token ids",
+    "functions": "it was replaced by tools",
+    "function_call": "it was replaced by tool_choice",
+    "guided_json": "structured output has not landed yet: leave it out",
+    "guided_regex": "structured output has not landed yet: leave it out",
+    "guided_choice": "structured output has not landed yet: leave it out",
+    "guided_grammar": "structured output has not landed yet: leave it out",
+    "use_beam_search": "beam search has not landed yet: leave it out",
+    "kv_transfer_params": "KV connectors have not landed yet: leave it out",
+    "thinking_token_budget": "it has not landed yet: use max_tokens",
+    "repetition_detection": "it has not landed yet: use repetition_penalty",
+    "watermarking": "it has not landed yet: leave it out",
+    "logprob_token_ids": "it has not landed yet: use logprobs",
 }
-"""Field -> (status, reason). Only a value that asks for something is refused: null and false are not."""
+"""Field -> reason. Only a value that asks for something is refused: null and false are not."""
 
 WITHOUT_EFFECT = ("user", "session_id", "length_penalty", "stream_interval")
 LOWEST_TEMPERATURE = 0.01
@@ -62,18 +62,17 @@ def ignored_header(body: RequestBody, settings: ServerSettings, *more: str) -> d
         raise bad_request(f"unknown field {unknown[0]!r:.100}", unknown[0][:100])
     known = [name for name in WITHOUT_EFFECT if getattr(body, name, None) is not None]
     options = getattr(body, "stream_options", None)
-    if options is not None:
-        known += [f"stream_options.{name}" for name in islice(options.model_extra, SHOWN_NAMES)]
+    if isinstance(options, StreamOptions):
+        known += [f"stream_options.{name}" for name in islice(options.model_extra or (), SHOWN_NAMES)]
     names = ["".join(filter(_plain, name[:64])) for name in (*known, *more, *unknown)[:SHOWN_NAMES]]
     return {IGNORED_HEADER: ",".join(names)} if names else {}
 
 
 def refuse_unsupported(body: GenerationBody) -> None:
     """Raises ApiError for a field that asks for what this server cannot do."""
-    for name, (status, reason) in REFUSED.items():
+    for name, reason in REFUSED.items():
         if getattr(body, name, None) not in (None, False):
-            make = bad_request if status == 400 else not_implemented
-            raise make(f"{name} is not supported: {reason}", name)
+            raise bad_request(f"{name} is not supported: {reason}", name)
     wanted = body.response_format
     if wanted is not None and wanted.type != "text":
         raise bad_request(

@@ -70,8 +70,8 @@ def raw_post(server: LiveServer, content: bytes, kind: str = "application/json")
         ({"priority": 1}, 400, "priority", "--scheduling-policy"),
         ({"truncate_prompt_tokens": -2}, 400, "truncate_prompt_tokens", "at least 1"),
         ({"logits_processors": ["none"]}, 400, "logits_processors", "not registered"),
-        ({"use_beam_search": True}, 501, "use_beam_search", "beam search"),
-        ({"kv_transfer_params": {"a": 1}}, 501, "kv_transfer_params", "KV connectors"),
+        ({"use_beam_search": True}, 400, "use_beam_search", "beam search"),
+        ({"kv_transfer_params": {"a": 1}}, 400, "kv_transfer_params", "KV connectors"),
     ],
 )  # fmt: skip
 def test_a_value_out_of_range_is_refused_by_name(

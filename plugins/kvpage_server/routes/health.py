@@ -8,6 +8,7 @@ from fastapi import APIRouter
 from starlette.responses import Response
 
 from kvpage import EngineDeadError, __version__
+from kvpage_server.body import ERRORS
 from kvpage_server.protocol.models import Load, Version
 from kvpage_server.replies import json_reply
 from kvpage_server.service import Service
@@ -37,7 +38,7 @@ def router(service: Service) -> APIRouter:
         """kvpage's version."""
         return json_reply({"version": __version__})
 
-    @routes.get("/load", responses={200: {"model": Load}})
+    @routes.get("/load", responses={200: {"model": Load}, **ERRORS})
     async def load() -> Response:
         """Requests being answered now."""
         return json_reply({"server_load": service.load})
