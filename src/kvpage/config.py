@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import re
+from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -288,6 +289,12 @@ def resolve(
     block_size = choose(
         "block_size", options.block_size, lambda: (preferred_block_size, "the backend's preference")
     )
+    largest = max(LARGEST_BLOCK, 1 << (max_model_len - 1).bit_length())
+    if block_size > largest:
+        raise ConfigError(
+            f"block_size={block_size} is more than a sequence of max_model_len={max_model_len} tokens can fill: "
+            f"use at most {largest}; {preferred_block_size} is the backend's preference"
+        )
     if budget < max_num_seqs:
         notes.append(
             f"max_num_batched_tokens={budget} is below max_num_seqs={max_num_seqs}: "
@@ -301,27 +308,44 @@ def resolve(
             f"kv_cache_dtype must be 'auto' or one of {', '.join(ELEMENT_SIZES)}, got {kv_dtype!r}"
         )
     sizes = [block_size * g.elements_per_token * ELEMENT_SIZES[kv_dtype] for g in model.groups]
-    per_sequence = [blocks_per_sequence(g, block_size, max_model_len, budget) for g in model.groups]
-    bytes_per_sequence = sum(s * n for s, n in zip(sizes, per_sequence, strict=True))
+
+    def shape(length: int) -> tuple[int, ...]:
+        """Blocks that one sequence of ``length`` tokens holds, a group."""
+        return tuple(blocks_per_sequence(g, block_size, length, budget) for g in model.groups)
+
+    def cost(length: int) -> int:
+        return sum(s * n for s, n in zip(sizes, shape(length), strict=True))
+
+    def longest(fits: Callable[[int], bool]) -> int:
+        """The longest sequence, up to max_model_len, that ``fits``; 0 if none does."""
+        return bisect_left(range(1, max_model_len + 1), True, key=lambda length: not fits(length))
+
+    per_sequence, bytes_per_sequence = shape(max_model_len), cost(max_model_len)
     if options.num_kv_blocks is not None:
-        blocks = _share(options.num_kv_blocks, per_sequence)
+        blocks = _share(options.num_kv_blocks, per_sequence, shape, longest)
         reasons["kv_memory"] = f"num_kv_blocks={options.num_kv_blocks} given"
     else:
         memory, reasons["kv_memory"] = kv_memory(
             options, machine, bytes_per_sequence * max_num_seqs + sum(sizes)
         )
         # Block 0 of each group is the null block: it takes memory and holds nothing.
-        copies = (memory - sum(sizes)) / bytes_per_sequence
-        blocks = tuple(int(copies * n) for n in per_sequence)
+        usable = memory - sum(sizes)
+        copies = usable / bytes_per_sequence
+        # Less than one sequence of full length: what the longest that fits needs, for a window does not shrink.
+        blocks = (
+            tuple(int(copies * n) for n in per_sequence)
+            if copies >= 1
+            else shape(longest(lambda length: cost(length) <= usable))
+        )
         if min(blocks) < 1:
             raise ConfigError(
                 f"{memory} bytes for KV hold no block: one block of {block_size} tokens takes "
                 f"{sum(sizes)} bytes; raise kv_cache_memory or lower block_size"
             )
     if any(have < need for have, need in zip(blocks, per_sequence, strict=True)):
-        longest = min(have * block_size for have in blocks)
+        held = longest(lambda length: all(n <= have for n, have in zip(shape(length), blocks, strict=True)))
         notes.append(
-            f"the KV pool holds {longest} tokens, less than max_model_len={max_model_len}: "
+            f"the KV pool holds {held} tokens of one sequence, less than max_model_len={max_model_len}: "
             "longer requests are refused; raise kv_cache_memory or lower max_model_len"
         )
     return Resolved(
@@ -353,10 +377,20 @@ def blocks_per_sequence(group: GroupFacts, block_size: int, max_model_len: int, 
     return -(-tokens // block_size)
 
 
-def _share(num_blocks: int, per_sequence: Sequence[int]) -> tuple[int, ...]:
-    """``num_blocks`` for the group that needs most, the others in proportion."""
+def _share(
+    num_blocks: int,
+    per_sequence: tuple[int, ...],
+    shape: Callable[[int], tuple[int, ...]],
+    longest: Callable[[Callable[[int], bool]], int],
+) -> tuple[int, ...]:
+    """``num_blocks`` for the group that needs most; the others in proportion, or what the longest sequence needs that
+    those hold, where that is more: a window does not shrink with the pool."""
     most = max(per_sequence)
-    return tuple(max(1, -(-num_blocks * n // most)) for n in per_sequence)
+    if num_blocks >= most:
+        return tuple(-(-num_blocks * n // most) for n in per_sequence)
+    lead = per_sequence.index(most)
+    needed = shape(max(1, longest(lambda length: shape(length)[lead] <= num_blocks)))
+    return tuple(num_blocks if group == lead else n for group, n in enumerate(needed))
 
 
 def kv_memory(options: EngineOptions, machine: MachineFacts, useful: int) -> tuple[int, str]:
