@@ -40,6 +40,8 @@ NOT_YET: Mapping[str, str] = {
 }
 """vLLM's options for what kvpage does not do yet: refused by name, never ignored."""
 GIB = 2**30
+LARGEST_BLOCK = 256
+"""Tokens a block may always have; more, where a sequence can fill them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -290,7 +292,7 @@ def resolve(
         "block_size", options.block_size, lambda: (preferred_block_size, "the backend's preference")
     )
     largest = max(LARGEST_BLOCK, 1 << (max_model_len - 1).bit_length())
-    if block_size > largest:
+    if options.block_size is not None and block_size > largest:
         raise ConfigError(
             f"block_size={block_size} is more than a sequence of max_model_len={max_model_len} tokens can fill: "
             f"use at most {largest}; {preferred_block_size} is the backend's preference"
