@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import inspect
+import os
+import random
 import types
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
-from kvpage.api.attention import AttentionBackend
+from kvpage.api.attention import AttentionBackend, AttentionBatch
 from kvpage.builtin import reference_attention
 from kvpage.builtin.reference_attention import ReferenceAttention
 
@@ -84,8 +86,7 @@ def contiguous_kv(write: Any, self: Any, kv: Any, k: Any, v: Any, batch: Any) ->
 
 
 def contiguous_table(plan: Any, self: Any, batch: Any) -> Any:
-    batch.block_tables = as_if_contiguous(batch.block_tables)
-    return plan(batch)
+    return plan(replace(batch, block_tables=as_if_contiguous(batch.block_tables)))
 
 
 def plan_by_shape(plan: Any, self: Any, batch: Any) -> Any:
@@ -93,6 +94,128 @@ def plan_by_shape(plan: Any, self: Any, batch: Any) -> Any:
     fresh = plan(batch)
     kept = self.__dict__.setdefault("kept", {})
     return kept.setdefault((batch.num_tokens, batch.num_rows), fresh)
+
+
+def plan_by_lengths(plan: Any, self: Any, batch: Any) -> Any:
+    """A plan has the blocks of its rows in it; the write addresses are made anew."""
+    key = (*batch.seq_lens.tolist(), -1, *batch.cu_seqlens_q.tolist())
+    return _kept_plan(plan, self, batch, key)
+
+
+def plan_by_lengths_and_addresses(plan: Any, self: Any, batch: Any) -> Any:
+    key = (batch.block_tables.data_ptr(), *batch.seq_lens.tolist(), -1, *batch.cu_seqlens_q.tolist())
+    # While a tensor lives, no other has its address.
+    self.__dict__.setdefault("alive", []).append(batch.block_tables)
+    return _kept_plan(plan, self, batch, key)
+
+
+def _kept_plan(plan: Any, self: Any, batch: Any, key: Any) -> Any:
+    fresh = plan(batch)
+    kept = self.__dict__.setdefault("kept", {}).setdefault(key, fresh)
+    if kept is fresh:
+        kept.short[None] = self._group_short_rows(batch, None)
+    return kept
+
+
+def slots_by_tables(plan: Any, self: Any, batch: Any) -> Any:
+    return _kept_slots(
+        plan, self, batch, (*batch.seq_lens.tolist(), -1, *batch.block_tables.flatten().tolist())
+    )
+
+
+def slots_by_address(plan: Any, self: Any, batch: Any) -> Any:
+    self.__dict__.setdefault("alive", []).append(batch.slot_mapping)
+    return _kept_slots(plan, self, batch, (batch.slot_mapping.data_ptr(), batch.num_tokens))
+
+
+def _kept_slots(plan: Any, self: Any, batch: Any, key: Any) -> Any:
+    fresh = plan(batch)
+    self._writes = self.__dict__.setdefault("kept", {}).setdefault(key, self._writes)
+    return fresh
+
+
+def spoils(name: str, method: str) -> Callable[..., Any]:
+    """Changes a tensor of the batch after the call."""
+
+    def wrong(original: Any, self: Any, *args: Any) -> Any:
+        result = original(*args)
+        getattr(getattr(next(x for x in args if isinstance(x, AttentionBatch)), name), method)()
+        return result
+
+    return wrong
+
+
+def clears_kv(write: Any, self: Any, kv: Any, k: Any, v: Any, batch: Any) -> None:
+    write(kv, k, v, batch)
+    k.zero_()
+    v.zero_()
+
+
+def moves_positions(rope_write: Any, self: Any, q: Any, k: Any, v: Any, positions: Any, *rest: Any) -> Any:
+    turned = rope_write(q, k, v, positions, *rest)
+    positions.add_(1)
+    return turned
+
+
+def sorts_sources(copy: Any, self: Any, kv: Any, source: Any, target: Any) -> None:
+    copy(kv, source, target)
+    source.copy_(source.sort(descending=True).values)
+
+
+def replaces_tables(plan: Any, self: Any, batch: Any) -> Any:
+    batch.block_tables = batch.block_tables.long()
+    return plan(batch)
+
+
+def sets_default_dtype(plan: Any, self: Any, batch: Any) -> Any:
+    torch.set_default_dtype(torch.float64)
+    return plan(batch)
+
+
+def sets_threads(attend: Any, self: Any, *args: Any) -> None:
+    torch.set_num_threads(torch.get_num_threads() + 1)
+    attend(*args)
+
+
+def seeds(write: Any, self: Any, *args: Any) -> None:
+    torch.manual_seed(torch.initial_seed() + 1)
+    write(*args)
+
+
+def draws(plan: Any, self: Any, batch: Any) -> Any:
+    random.random()
+    return plan(batch)
+
+
+def turns_gradients_off(copy: Any, self: Any, *args: Any) -> None:
+    torch.set_grad_enabled(False)
+    copy(*args)
+
+
+def edits_environment(init: Any, self: Any, env: Any) -> None:
+    os.environ["MYCHIP_THREADS"] = "1"
+    init(env)
+
+
+def changed_layout(dimension: int, by: int) -> Callable[..., Any]:
+    def wrong(kv_layout: Any, self: Any) -> Any:
+        layout = kv_layout()
+        shape = list(layout.shape)
+        shape[dimension] += by
+        return replace(layout, shape=tuple(shape))
+
+    return wrong
+
+
+def layout_in(dtype: str) -> Callable[..., Any]:
+    return lambda kv_layout, self: replace(kv_layout(), dtype=dtype)
+
+
+def one_head_off(
+    attend: Any, self: Any, q: Any, kv: Any, layer: Any, batch: Any, plan: Any, out: Any
+) -> None:
+    attend(q, kv, layer, batch, plan, out)
+    out[:, -1] *= 1.01
 
 
 def whole_tiles(attend: Any, self: Any, q: Any, kv: Any, layer: Any, batch: Any, plan: Any, out: Any) -> None:
@@ -257,5 +380,53 @@ MUTANTS = [
     Mutant("masked with a large number", edited(("masked_fill_(dead, -torch.inf)", "masked_fill_(dead, -1e4)")),
            "test_large_scores[float32]", (*PLACE, "large scores: first wrong")),
     Mutant("q spoilt", overriding(attend=spoils_q), "test_attend_only_reads",
-           ("q is wrong first at token 0, head 0, element 0", "got ", "expected ", "to the bit")),
+           ("inputs are only read: attend changed q: first at token 0, head 0, element 0: got ", "expected ", "as before the call")),
+    Mutant("plan kept by the lengths of the rows", overriding(plan=plan_by_lengths), "test_plan_follows_the_block_tables",
+           (*PLACE, "a plan for each step (new tensors): first wrong")),
+    Mutant("plan kept by the lengths and the addresses", overriding(plan=plan_by_lengths_and_addresses),
+           "test_plan_follows_the_block_tables", (*PLACE, "a plan for each step (the same memory): first wrong")),
+    Mutant("slots kept by the lengths and the tables", overriding(plan=slots_by_tables), "test_plan_follows_the_slots",
+           (*PLACE, "a plan for each step (new tensors, other slots): first wrong")),
+    Mutant("slots kept by their address", overriding(plan=slots_by_address), "test_plan_follows_the_slots",
+           (*PLACE, "a plan for each step (the same tensors, other slots): first wrong")),
+    Mutant("lengths spoilt", overriding(plan=spoils("seq_lens", "zero_")), "test_inputs_are_only_read",
+           ("plan changed batch.seq_lens: first at row 0: got 0, expected 8 as before the call",)),
+    Mutant("block table spoilt", overriding(plan=spoils("block_tables", "zero_")), "test_inputs_are_only_read",
+           ("plan changed batch.block_tables: first at row 0, column 0: got 0, expected ",)),
+    Mutant("slots spoilt", overriding(write_kv=spoils("slot_mapping", "abs_")), "test_inputs_are_only_read",
+           ("changed batch.slot_mapping: first at token 2: got 1, expected -1 as before the call",)),
+    Mutant("starts spoilt by attend", overriding(attend=spoils("cu_seqlens_q", "zero_")), "test_softcap",
+           ("attend changed batch.cu_seqlens_q: first at entry 1: got 0, expected 1 as before the call",)),
+    Mutant("K and V cleared after the write", overriding(write_kv=clears_kv), "test_inputs_are_only_read",
+           ("write_kv changed k: first at token 0, head 0, element 0: got 0, expected ",)),
+    Mutant("positions moved by rope_write", overriding(rope_write=moves_positions), "test_inputs_are_only_read",
+           ("rope_write changed positions: first at token 0: got 1, expected 0",)),
+    Mutant("sources of a copy sorted in place", overriding(copy_blocks=sorts_sources), "test_copy_blocks[float32]",
+           ("inputs are only read: copy_blocks changed source: first at index [",)),
+    Mutant("another tensor put in the batch", overriding(plan=replaces_tables), "test_inputs_are_only_read",
+           ("plan put another Tensor in batch.block_tables",)),
+    Mutant("default dtype set", overriding(plan=sets_default_dtype), "test_guest_manners",
+           ("guest manners: plan changed the process", "default dtype (got torch.float64, was torch.float32)")),
+    Mutant("threads set", overriding(attend=sets_threads), "test_guest_manners",
+           ("guest manners: attend changed the process", "threads (got ", "was ")),
+    Mutant("torch seeded", overriding(write_kv=seeds), "test_guest_manners",
+           ("guest manners: write_kv changed the process", "torch random (its state is another")),
+    Mutant("numbers drawn from the host's generator", overriding(plan=draws), "test_guest_manners",
+           ("guest manners: plan changed the process", "python random (its state is another")),
+    Mutant("gradients turned off", overriding(copy_blocks=turns_gradients_off), "test_guest_manners",
+           ("guest manners: copy_blocks changed the process", "grad mode (got False, was True)")),
+    Mutant("environment edited", overriding(__init__=edits_environment), "test_guest_manners",
+           ("guest manners: Mutant(env) changed the process", "environ['MYCHIP_THREADS'] (got '1', was None)")),
+    Mutant("one block more than there are", overriding(kv_layout=changed_layout(0, 1)), "test_layout_has_one_entry_a_block",
+           ("layout: KVLayout(shape=(10, 2, 2, 8, 32)", "dimension 0 is 10, expected 9, env.num_blocks exactly")),
+    Mutant("one slot a block too few", overriding(kv_layout=changed_layout(3, -1)), "test_layout_has_one_entry_a_block",
+           ("layout: KVLayout(shape=(9, 2, 2, 7, 32)", "holds 32256 bytes (3584 a block), expected 36864 (4096) at least")),
+    Mutant("KV in a dtype that torch lacks", overriding(kv_layout=layout_in("float33")), "test_layout_has_one_entry_a_block",
+           ("dtype 'float33' is no dtype of torch; for KV in float32 it may be",)),
+    Mutant("KV in a dtype that is not claimed", overriding(kv_layout=layout_in("float64")), "test_layout_has_one_entry_a_block",
+           ("dtype 'float64' is not claimed",)),
+    Mutant("one head slightly off", overriding(attend=one_head_off), "test_grouped_heads[4x2]",
+           (*PLACE, "looks like: heads: only head 3 is wrong (of 4)")),
+    Mutant("one key too many of a short row", edited(("(keys >= length)", "(keys > length)")),
+           "test_unwritten_slots_take_no_part", (*PLACE, "unused slots: first wrong", "got nan")),
 ]  # fmt: skip

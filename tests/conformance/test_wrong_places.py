@@ -41,11 +41,11 @@ def test_wrong_heads_and_elements_are_named() -> None:
     everywhere = rows("True")
     for row in everywhere:
         row.wrong[:, 0] = False
-    assert pattern(everywhere, 4) == "heads: only 1 of 2 are wrong"
+    assert pattern(everywhere, 4) == "heads: only head 1 is wrong (of 2)"
     everywhere = rows("True")
     for row in everywhere:
         row.wrong[..., :6] = False
-    assert pattern(everywhere, 4) == "head dim: only elements 6 to 7 of 8 are wrong"
+    assert pattern(everywhere, 4) == "head dim: only elements 6 to 7 are wrong (of 8)"
 
 
 def test_nothing_is_said_where_nothing_is_shared() -> None:

@@ -22,13 +22,19 @@ from dataclasses import dataclass
 import torch
 
 from kvpage.api.attention import AttentionBackend
+from kvpage.testing.attention_making import AttentionMaking
 from kvpage.testing.attention_memory import AttentionMemory
 from kvpage.testing.attention_steps import AttentionSteps
+from kvpage.testing.attention_sweeps import AttentionSweeps
 from kvpage.testing.attention_values import AttentionValues
+from kvpage.testing.attention_writes import AttentionWrites
 
 SHORT = (
+    "test_backend_can_be_made",
     "test_caps_are_known_terms",
     "test_layout_has_one_entry_a_block",
+    "test_guest_manners",
+    "test_inputs_are_only_read",
     "test_output_equals_the_float64_oracle",
     "test_kv_dtype",
     "test_decode_rows_at_every_length",
@@ -50,8 +56,14 @@ SHORT = (
 """What ``kvpage plugins check`` runs: cases of the suite, or all cases of a test."""
 
 
-class AttentionBackendConformance(AttentionValues, AttentionMemory, AttentionSteps):
-    """Subclass it, set ``backend``; see AttentionSubject for what else may be set."""
+class AttentionBackendConformance(
+    AttentionSweeps, AttentionSteps, AttentionMemory, AttentionValues, AttentionWrites, AttentionMaking
+):
+    """Subclass it, set ``backend``; see AttentionSubject for what else may be set.
+
+    Tests run from the last base to the first: the most specific ones come first, so that the first failure (pytest's
+    ``-x``) names the property, and those that vary everything at once come last.
+    """
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from kvpage.testing.attention_rig import Options, Rig, Row
+from kvpage.testing.comparing import told_apart
 from kvpage.testing.suite import ConformanceError
 
 FILLINGS = (0xA5, 0x5A)
@@ -21,14 +22,25 @@ PADDING = 768.0
 
 @dataclass(slots=True)
 class Written:
-    """What a call did to one layer's room: bool [blocks, bytes], and the bytes before and after, uint8.
+    """What a call did to one layer's room: bool [blocks, bytes], and the bytes after it, uint8, for each filling.
 
     Block 0 of the room is ``margin`` blocks before the pool's null block.
     """
 
     touched: torch.Tensor
-    before: torch.Tensor
-    after: torch.Tensor
+    results: tuple[torch.Tensor, ...]
+
+    @property
+    def after(self) -> torch.Tensor:
+        """The bytes that the call left over the first filling."""
+        return self.results[0]
+
+    def seen_at(self, block: int, byte: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The room before and after, over a filling that shows that this byte was written."""
+        for filling, after in zip(FILLINGS, self.results, strict=True):
+            if int(after[block, byte]) != filling:
+                return torch.full_like(after, filling), after
+        return torch.full_like(self.after, FILLINGS[0]), self.after
 
 
 def written_by(rig: Rig, call: Callable[[], None]) -> Written:
@@ -39,7 +51,7 @@ def written_by(rig: Rig, call: Callable[[], None]) -> Written:
         call()
         results.append(rig.rooms[0].view(torch.uint8).flatten(1).cpu().clone())
     touched = (results[0] != FILLINGS[0]) | (results[1] != FILLINGS[1])
-    return Written(touched, torch.full_like(results[0], FILLINGS[0]), results[0])
+    return Written(touched, tuple(results))
 
 
 def write_call(rig: Rig, rows: Sequence[Row], options: Options) -> Callable[[], None]:
@@ -137,21 +149,22 @@ def _collision(
     sequence, position = _position(rig, second)
     block, row = second // rig.size, [row.sequence for row in rows].index(sequence)
     kept, now = (_value(rig, alone[slot].after, block + rig.margin, byte) for slot in (first, second))
-    carried = _carrier(rig, [Row(sequence, position, position + 1)], Options(), now)
+    carried = _carrier(rig, [Row(sequence, position, position + 1)], Options(), float(now))
+    got, expected = told_apart(now, kept)
     what = "" if carried is None else f" ({carried[0]}, head {carried[2]}, element {carried[3]})"
     return (
         f"write_kv wrote a slot that it was not given: the token at position {position} of row {row} (block "
         f"{position // rig.size}, pool block {block}, offset {second % rig.size}) goes over offset "
-        f"{first % rig.size}, byte {byte} of the block: got {now:.7g}{what}, expected {kept:.7g}, which the token "
+        f"{first % rig.size}, byte {byte} of the block: got {got}{what}, expected {expected}, which the token "
         f"at position {_position(rig, first)[1]} left there\n  case: {rig.shape}"
     )
 
 
-def _value(rig: Rig, room: torch.Tensor, block: int, byte: int) -> float:
+def _value(rig: Rig, room: torch.Tensor, block: int, byte: int) -> torch.Tensor:
     """The element of the KV tensor that this byte belongs to."""
     kind = rig.rooms[0].dtype
     at = byte - byte % kind.itemsize
-    return float(room[block, at : at + kind.itemsize].clone().view(kind)[0])
+    return room[block, at : at + kind.itemsize].clone().view(kind)[0]
 
 
 def _stray(
@@ -164,10 +177,11 @@ def _stray(
     byte: int,
     count: int,
 ) -> str:
-    before, after = (_value(rig, room, block, byte) for room in (written.before, written.after))
+    before, after = (_value(rig, room, block, byte) for room in written.seen_at(block, byte))
+    got, expected = told_apart(after, before)
     return (
         f"write_kv wrote a slot that it was not given: {_place(rig, block)}{owner}, byte {byte}: "
-        f"got {after:.7g}, expected {before:.7g} as before; {_source(rig, rows, options, after)}\n"
+        f"got {got}, expected {expected} as before; {_source(rig, rows, options, float(after))}\n"
         f"  wrong: {count} bytes; case: {rig.shape}; slot_mapping holds "
         f"{rig.slots(rows).count(-1) + options.trailing} tokens of -1"
     )

@@ -7,12 +7,9 @@ from typing import Any
 
 import torch
 
-from kvpage.testing.attention_canary import PADDING, check_writes, written_by
-from kvpage.testing.attention_report import check_tensor
-from kvpage.testing.attention_rig import Options, Rig, Row, Step
+from kvpage.testing.attention_rig import Options, Row, Step
 from kvpage.testing.attention_rope import ROPES, STRIDES, rope_step, rope_tables, strided
-from kvpage.testing.attention_subject import FEATURES, AttentionSubject
-from kvpage.testing.suite import ConformanceError
+from kvpage.testing.attention_subject import AttentionSubject
 
 
 class AttentionMemory(AttentionSubject):
@@ -20,64 +17,6 @@ class AttentionMemory(AttentionSubject):
 
     def axes(self) -> dict[str, Sequence[Any]]:
         return {**super().axes(), "rope": ROPES, "strides": STRIDES}
-
-    def test_caps_are_known_terms(self) -> None:
-        """Claims can be met: dtypes and devices exist, features are known, the preferred block size is claimed."""
-        caps = self.backend.caps
-        unknown = [name for name in caps.dtypes if not isinstance(getattr(torch, name, None), torch.dtype)]
-        if unknown or not caps.dtypes or not caps.devices:
-            raise ConformanceError(
-                "caps", f"dtypes {sorted(caps.dtypes)}, devices {sorted(caps.devices)}: {unknown} unknown"
-            )
-        if caps.features - FEATURES:
-            raise ConformanceError(
-                "caps", f"features {sorted(caps.features - FEATURES)}; known are {sorted(FEATURES)}"
-            )
-        if caps.block_sizes is not None and caps.preferred_block_size not in caps.block_sizes:
-            raise ConformanceError(
-                "caps",
-                f"preferred_block_size {caps.preferred_block_size} is not in {sorted(caps.block_sizes)}",
-            )
-
-    def test_layout_has_one_entry_a_block(self) -> None:
-        """Dimension 0 is the block, so that copies, freeing and transfers can speak of blocks in any layout."""
-        rigs = [self.rig([length]) for length in (1, 20 * self.shape().block_size)]
-        for rig in rigs:
-            if rig.layout.shape[0] != rig.num_blocks:
-                raise ConformanceError(
-                    "layout", f"{rig.layout}: dimension 0 should be {rig.num_blocks} blocks"
-                )
-        first, second = (rig.layout.shape[1:] for rig in rigs)
-        if first != second:
-            raise ConformanceError(
-                "layout", f"one block is {first} or {second}, by how many blocks there are"
-            )
-
-    def test_write_touches_only_its_slots(self, dtype: str) -> None:
-        """Over a canary-filled cache, write_kv changes the bytes of the slots it was given: all, and no other."""
-        size = self.shape(dtype=dtype).block_size
-        rig = self.rig([3 * size, 2 * size, 2 * size, size], self.shape(dtype=dtype))
-        rows = [
-            Row(0, size, size + 1),
-            Row(1, 2 * size - 1, 2 * size),
-            Row(2, size - 1, size + 1),
-            Row(3, 0, size),
-        ]
-        check_writes("write (slots)", rig, rows)
-
-    def test_padding_tokens_write_nothing(self) -> None:
-        """Slot -1 is no slot: not the last of the pool, not the null block's, not memory before the cache."""
-        size = self.shape().block_size
-        rig = self.rig([3 * size, 2 * size])
-        rows = [
-            Row(0, size, size + 1),
-            Row(None, 0, 1),
-            Row(1, 0, size + 1),
-            Row(None, 0, 0),
-            Row(None, 0, 3),
-        ]
-        check_writes("padding", rig, rows, Options(trailing=2))
-        check_writes("padding", rig, [Row(None, 0, 2)], Options(trailing=1))
 
     def test_padding_rows_change_nobody(self) -> None:
         """Rows of length 0, with or without tokens, and tokens after the last row: the others get the same numbers."""
@@ -117,22 +56,6 @@ class AttentionMemory(AttentionSubject):
         width = size + 1
         rows = [Row(0, 4 * size + 1, 4 * size + 2), Row(1, 0, size)]
         self.check("window", rig, rig.step(rows, rig.layer(window=width), Options(behind_window=width)))
-
-    def test_attend_only_reads(self) -> None:
-        """attend leaves the cache, q and the batch's tensors as they were."""
-        rig, rows = self.mixed()
-        rig.fill(rows)
-        batch = rig.batch(rows)
-        plan = rig.backend.plan(batch)
-        rig.write(rows, batch)
-        q, k, v = rig.inputs(rows)
-        told = [batch.cu_seqlens_q, batch.seq_lens, batch.block_tables, batch.slot_mapping]
-        names = ["the cache", "q", "k", "v", "cu_seqlens_q", "seq_lens", "block_tables", "slot_mapping"]
-        before = [tensor.clone() for tensor in (rig.kv[0], q, k, v, *told)]
-        rig.backend.write_kv(rig.kv[0], k, v, batch)
-        rig.attend(Step(rows, batch, [rig.layer()]), q, rig.kv[0], rig.layer(), plan)
-        for name, was, now in zip(names, before, (rig.kv[0], q, k, v, *told), strict=True):
-            check_tensor("attend only reads", name, now, was)
 
     def test_strided_inputs(self, strides: str) -> None:
         """q, k and v as views: of one fused projection, of heads with room between, V as a part of K's tensor."""
@@ -197,27 +120,6 @@ class AttentionMemory(AttentionSubject):
                 "host lengths are upper bounds", rig, rig.step(rows, rig.layer(), Options(slack=slack))
             )
 
-    def test_copy_blocks(self, dtype: str) -> None:
-        """Copied blocks are the source's bytes, K and V; one source may have several targets; no other block changes."""
-        rig = self.rig([6 * self.shape().block_size], self.shape(dtype=dtype))
-        generator = torch.Generator(device="cpu").manual_seed(5)
-        shape = rig.rooms[0].view(torch.uint8).shape
-        noise = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator, device="cpu")
-        rig.rooms[0].view(torch.uint8).copy_(noise)
-        wanted = noise.flatten(1).clone()
-        a, b, c, d, e, f = rig.tables[0]
-        # The third call copies what the first one brought: copies are done in the order of the calls.
-        for pairs in ([(a, b), (c, d), (a, e)], [(f, rig.unowned[-1])], [(b, c)], []):
-            source, target = ([pair[side] for pair in pairs] for side in (0, 1))
-            rig.backend.copy_blocks(
-                rig.kv[0],
-                torch.tensor(source, dtype=torch.int64, device=rig.device),
-                torch.tensor(target, dtype=torch.int64, device=rig.device),
-            )
-            for start, stop in pairs:
-                wanted[stop + rig.margin] = wanted[start + rig.margin]
-            _check_blocks(rig, wanted, pairs)
-
     def test_copied_block_is_a_block_of_its_own(self) -> None:
         """Copy-on-write: after a copy the child writes its own last block, and the parent still reads its own."""
         size = self.shape().block_size
@@ -243,45 +145,3 @@ class AttentionMemory(AttentionSubject):
             rig, rows = self.mixed(self.shape(dtype=dtype))
             step = rope_step(rig, rows, [rope_tables(rope, rig)], strides, rope)
             self.check(f"rope_write ({rope})", rig, step)
-
-    def test_rope_write_touches_only_its_slots(self) -> None:
-        """A fused rope_write writes what write_kv writes, byte for byte, and nothing for padding tokens."""
-        size = self.shape().block_size
-        rig = self.rig([2 * size, size])
-        rows = [Row(0, size, size + 1), Row(None, 0, 2), Row(1, 0, size)]
-        batch = rig.batch(rows, Options(trailing=1))
-        q, k, v = rig.inputs(rows, 0, 1, padding=PADDING)
-        positions = torch.arange(batch.num_tokens, device=rig.device)
-
-        def fused() -> None:
-            rig.backend.plan(batch)
-            rig.backend.rope_write(q.clone(), k.clone(), v.clone(), positions, None, rig.kv[0], batch)
-
-        def plain() -> None:
-            rig.backend.plan(batch)
-            rig.backend.write_kv(rig.kv[0], k, v, batch)
-
-        wanted, got = written_by(rig, plain), written_by(rig, fused)
-        rig.rooms[0].view(torch.uint8).flatten(1).copy_(got.after)
-        _check_blocks(rig, wanted.after, [], property="rope_write (slots)")
-
-
-def _check_blocks(
-    rig: Rig, wanted: torch.Tensor, pairs: Sequence[tuple[int, int]], property: str = "copy_blocks"
-) -> None:
-    """Every byte of the room is as wanted [blocks, bytes]."""
-    __tracebackhide__ = True
-    got = rig.rooms[0].view(torch.uint8).flatten(1).cpu()
-    wrong = (got != wanted).nonzero()
-    if not len(wrong):
-        return
-    block, byte = (int(i) for i in wrong[0])
-    inside = block - rig.margin
-    sources = {target: source for source, target in pairs}
-    told = f"a copy of block {sources[inside]}" if inside in sources else "not to change"
-    raise ConformanceError(
-        property,
-        f"first wrong byte in pool block {inside}, which was {told}: byte {byte} of {got.shape[1]}: got "
-        f"{int(got[block, byte]):#04x}, expected {int(wanted[block, byte]):#04x}; {len(wrong)} bytes are wrong\n"
-        f"  case: {rig.shape}; source -> target {[*pairs]}",
-    )

@@ -52,7 +52,10 @@ def _of_heads_and_elements(rows: Sequence[Wrong]) -> Iterator[str]:
     heads = torch.stack([row.wrong.any(0).any(-1) for row in rows]).any(0)
     elements = torch.stack([row.wrong.any(0).any(0) for row in rows]).any(0)
     if not bool(heads.all()):
-        yield f"heads: only {', '.join(map(str, heads.nonzero().flatten().tolist()))} of {len(heads)} are wrong"
+        numbers = heads.nonzero().flatten().tolist()
+        told = f"head {numbers[0]} is" if len(numbers) == 1 else f"heads {', '.join(map(str, numbers))} are"
+        yield f"heads: only {told} wrong (of {len(heads)})"
     if not bool(elements.all()):
         first, last = int(elements.nonzero()[0]), int(elements.nonzero()[-1])
-        yield f"head dim: only elements {first} to {last} of {len(elements)} are wrong"
+        told = f"element {first} is" if first == last else f"elements {first} to {last} are"
+        yield f"head dim: only {told} wrong (of {len(elements)})"

@@ -10,6 +10,7 @@ from kvpage.api.attention import AttentionLayer
 from kvpage.testing.attention_oracle import RowData, diagnose, exact_row
 from kvpage.testing.attention_patterns import Wrong, pattern
 from kvpage.testing.attention_rig import GUARD, Rig, Row, Step
+from kvpage.testing.comparing import told_apart
 from kvpage.testing.suite import ConformanceError
 
 NOT_FINITE = (
@@ -148,10 +149,11 @@ def check_tensor(
         return
     place = tuple(int(i) for i in places[0])
     named = zip(("token", "head", "element"), place, strict=False) if len(place) == 3 else [("index", place)]
+    is_, should = told_apart(got[place], wanted[place])
     beside = f" ({where(place[0])})" if where is not None and len(place) == 3 else ""
     raise ConformanceError(
         property,
-        f"{name} is wrong first at {', '.join(f'{axis} {at}' for axis, at in named)}{beside}: got {got[place].item():.9g}, "
-        f"expected {wanted[place].item():.9g}{' to the bit' if tolerance is None else ''}; "
+        f"{name} is wrong first at {', '.join(f'{axis} {at}' for axis, at in named)}{beside}: got {is_}, "
+        f"expected {should}{' to the bit' if tolerance is None else ''}; "
         f"{len(places)} of {got.numel()} elements differ",
     )

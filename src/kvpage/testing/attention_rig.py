@@ -12,36 +12,12 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from kvpage.api.attention import AttentionBackend, AttentionBatch, AttentionEnv, AttentionLayer
+from kvpage.api.attention import AttentionBackend, AttentionBatch, AttentionLayer
+from kvpage.testing.attention_layout import Shape, environment, require_layout
 from kvpage.testing.attention_oracle import RowData
+from kvpage.testing.attention_watch import WatchedBackend
 
 Tensors = list[torch.Tensor]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Shape:
-    """The values of one case. ``kv_dtype`` and ``v_head_dim``: ``None`` = as the model's own."""
-
-    dtype: str
-    head_dim: int
-    block_size: int
-    num_heads: int = 4
-    num_kv_heads: int = 2
-    kv_dtype: str | None = None
-    v_head_dim: int | None = None
-
-    @property
-    def value_dim(self) -> int:
-        """Elements a head of V."""
-        return self.head_dim if self.v_head_dim is None else self.v_head_dim
-
-    def __str__(self) -> str:
-        kv = f", KV in {self.kv_dtype}" if self.kv_dtype else ""
-        values = f", V head dim {self.v_head_dim}" if self.v_head_dim else ""
-        return (
-            f"{self.dtype}{kv}, {self.num_heads} heads on {self.num_kv_heads} KV heads, "
-            f"head dim {self.head_dim}{values}, block size {self.block_size}"
-        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +79,10 @@ class Rig:
         backend: the class under test. shape: of the case. device: torch device string.
         lengths: most tokens of each sequence. layers: how many KV tensors.
         spread: standard deviation of q; the scores' is about this where scale is 1/sqrt(head dim).
+        manners: look after each call whether the process is as it was.
+
+    Raises:
+        ConformanceError: its KV layout cannot hold the blocks of the case.
     """
 
     def __init__(
@@ -115,7 +95,9 @@ class Rig:
         layers: int = 1,
         seed: int = 0,
         spread: float = 2.0,
+        manners: bool = False,
     ) -> None:
+        __tracebackhide__ = True
         self.shape, self.device, self.lengths = shape, device, list(lengths)
         self.size = shape.block_size
         self._generator = torch.Generator(device="cpu").manual_seed(seed)
@@ -127,8 +109,16 @@ class Rig:
         self.tables = [[order.pop() for _ in range(count)] for count in needed]
         self.unowned = sorted([*order, self.num_blocks - 1])
         self.written = [0] * len(lengths)
-        self.backend = backend(self._environment())
-        self.layout = self.backend.kv_layout()
+        env = environment(
+            shape,
+            device,
+            num_blocks=self.num_blocks,
+            max_num_seqs=len(self.lengths) + 8,
+            max_num_batched_tokens=sum(self.lengths) + 64,
+            max_model_len=max(self.lengths) + 2 * self.size,
+        )
+        self.backend = WatchedBackend(backend, env, manners=manners)
+        self.layout = require_layout(self.backend.kv_layout(), env, backend.caps)
         self.rooms = [self._allocate() for _ in range(layers)]
         self.kv = [room[self.margin : -self.margin] for room in self.rooms]
         draw = self._draw
@@ -352,23 +342,6 @@ class Rig:
         kind: torch.dtype = getattr(torch, self.layout.dtype)
         block_bytes = math.prod(self.layout.shape[1:]) * int(kind.itemsize)
         return 256 // math.gcd(256, block_bytes)
-
-    def _environment(self) -> AttentionEnv:
-        shape = self.shape
-        return AttentionEnv(
-            device=self.device,
-            dtype=shape.dtype,
-            kv_dtype=shape.kv_dtype or shape.dtype,
-            num_heads=shape.num_heads,
-            num_kv_heads=shape.num_kv_heads,
-            head_dim=shape.head_dim,
-            v_head_dim=shape.value_dim,
-            block_size=shape.block_size,
-            num_blocks=self.num_blocks,
-            max_num_seqs=len(self.lengths) + 8,
-            max_num_batched_tokens=sum(self.lengths) + 64,
-            max_model_len=max(self.lengths) + 2 * shape.block_size,
-        )
 
     def _draw(self, tokens: int, heads: int, width: int, spread: float = 1.0) -> torch.Tensor:
         values = torch.randn(

@@ -18,31 +18,6 @@ from kvpage.testing.suite import ConformanceError, not_claimed
 class AttentionSteps(AttentionSubject):
     """What a backend keeps between calls must be the step's, the layer's and the object's own."""
 
-    def test_one_plan_serves_every_layer(self) -> None:
-        """plan() once, then layers that differ in window, softcap, scale and sinks, each with a KV tensor of its own."""
-        rig, rows = self.mixed(layers=4)
-        claimed = self.backend.caps.features
-        window = rig.size + 1 if "window" in claimed else None
-        layers = [
-            rig.layer(index=0),
-            rig.layer(index=1, window=window),
-            rig.layer(index=2, scale=0.3, softcap=2.0 if "softcap" in claimed else None),
-            rig.layer(
-                index=3,
-                window=None if window is None else 2,
-                sinks=rig.sinks() if "sinks" in claimed else None,
-            ),
-        ]
-        self.check("one plan for every layer", rig, rig.step(rows, layers))
-
-    def test_ropes_of_one_step_differ(self) -> None:
-        """Layers of one step with two rotary tables and with none, as of local and global layers; then a next step."""
-        for strides in ("contiguous", "fused-qkv"):
-            rig, rows = self.mixed(layers=3)
-            ropes = [rope_tables("halves", rig, seed=1), rope_tables("halves", rig, seed=2), None]
-            step = rope_step(rig, rows, ropes, strides, "a rope a layer")
-            self.check("rope_write (a rope a layer)", rig, step)
-
     def test_steps_follow_one_another(self) -> None:
         """Rows grow token by token over block edges, in buffers that the next step overwrites, as an engine's are."""
         size = self.shape().block_size
@@ -74,6 +49,46 @@ class AttentionSteps(AttentionSubject):
             batch = _in_buffers(rig.batch(chosen, Options(extra_columns=4)), kept)
             self.check("a plan for each step", rig, _run(rig, chosen, batch, rig.layer()))
 
+    def test_plan_follows_the_block_tables(self) -> None:
+        """Steps of identical lengths over other blocks: in new tensors, in the same memory, in the very same tensors."""
+        size = self.shape().block_size
+        spans = [(size + 1, size + 2), (2 * size - 1, 2 * size), (1, size + 3)]
+        for reuse in ("new tensors", "the same memory", "the same tensors"):
+            rig = self.rig([last for _, last in spans for _ in range(2)])
+            kept: dict[str, torch.Tensor] = {}
+            first: AttentionBatch | None = None
+            for turn in (0, 1, 0):
+                rows = [Row(2 * index + turn, *span) for index, span in enumerate(spans)]
+                rig.fill(rows)
+                batch = rig.batch(rows)
+                if reuse == "the same memory":
+                    batch = _in_buffers(batch, kept)
+                elif reuse == "the same tensors":
+                    first = batch = _refilled(first, batch)
+                self.check(f"a plan for each step ({reuse})", rig, _run(rig, rows, batch, rig.layer()))
+
+    def test_plan_follows_the_slots(self) -> None:
+        """Steps that are identical in everything but slot_mapping: what is written goes where this step says."""
+        size = self.shape().block_size
+        length = size + 2
+        for reuse in ("new tensors", "the same tensors"):
+            rig = self.rig([length, length, length])
+            mine = Row(0, length - 1, length)
+            rig.fill([mine, Row(1, length - 1, length), Row(2, length - 1, length)])
+            batch: AttentionBatch | None = None
+            for sequence in (0, 1, 2):
+                # The step is one of sequence 0 whose token goes to the block of another, which then reads it.
+                other = Row(sequence, length - 1, length)
+                told = replace(rig.batch([mine]), slot_mapping=rig.batch([other]).slot_mapping)
+                batch = told if reuse == "new tensors" else _refilled(batch, told)
+                rig.backend.plan(batch)
+                rig.write([other], batch)
+            rows = [Row(sequence, length - 1, length) for sequence in (0, 1, 2)]
+            step = rig.batch(rows)
+            done = Step(rows, step, [rig.layer()])
+            rig.attend(done, rig.inputs(rows)[0], rig.kv[0], rig.layer(), rig.backend.plan(step))
+            self.check(f"a plan for each step ({reuse}, other slots)", rig, done)
+
     def test_objects_do_not_disturb_one_another(self) -> None:
         """Two backend objects, of one shape and of two, take turns call by call: one serves one KV group only."""
         twin, rows = self.mixed(seed=1)
@@ -91,6 +106,31 @@ class AttentionSteps(AttentionSubject):
                 step = Step(chosen, batch, [rig.layer()])
                 rig.attend(step, rig.inputs(chosen)[0], rig.kv[0], rig.layer(), plan)
                 self.check("two objects side by side", rig, step)
+
+    def test_ropes_of_one_step_differ(self) -> None:
+        """Layers of one step with two rotary tables and with none, as of local and global layers; then a next step."""
+        for strides in ("contiguous", "fused-qkv"):
+            rig, rows = self.mixed(layers=3)
+            ropes = [rope_tables("halves", rig, seed=1), rope_tables("halves", rig, seed=2), None]
+            step = rope_step(rig, rows, ropes, strides, "a rope a layer")
+            self.check("rope_write (a rope a layer)", rig, step)
+
+    def test_one_plan_serves_every_layer(self) -> None:
+        """plan() once, then layers that differ in window, softcap, scale and sinks, each with a KV tensor of its own."""
+        rig, rows = self.mixed(layers=4)
+        claimed = self.claims.features
+        window = rig.size + 1 if "window" in claimed else None
+        layers = [
+            rig.layer(index=0),
+            rig.layer(index=1, window=window),
+            rig.layer(index=2, scale=0.3, softcap=2.0 if "softcap" in claimed else None),
+            rig.layer(
+                index=3,
+                window=None if window is None else 2,
+                sinks=rig.sinks() if "sinks" in claimed else None,
+            ),
+        ]
+        self.check("one plan for every layer", rig, rig.step(rows, layers))
 
     def test_static_batches(self) -> None:
         """Decode steps with static=True (``caps.graph == "decode"``): one plan object a bucket, refilled in place.
@@ -148,8 +188,9 @@ class AttentionSteps(AttentionSubject):
         q, k, v, out = tensors
 
         def compute() -> None:
-            rig.backend.write_kv(rig.kv[0], k, v, batch)
-            rig.backend.attend(q, rig.kv[0], rig.layer(), batch, plan, out)
+            # Not watched: a look at the inputs would be captured too.
+            rig.backend.subject.write_kv(rig.kv[0], k, v, batch)
+            rig.backend.subject.attend(q, rig.kv[0], rig.layer(), batch, plan, out)
 
         with _side_stream():
             compute()
@@ -159,10 +200,8 @@ class AttentionSteps(AttentionSubject):
         return graph
 
     def _need_graph(self) -> None:
-        if self.backend.caps.graph != "decode":
-            not_claimed(
-                f"{self.backend.__name__} does not claim graph 'decode' (has {self.backend.caps.graph!r})"
-            )
+        if self.claims.graph != "decode":
+            not_claimed(f"{self.backend.__name__} does not claim graph 'decode' (has {self.claims.graph!r})")
 
     def _static_rig(self) -> Rig:
         size = self.shape().block_size
@@ -203,6 +242,15 @@ def _in_buffers(batch: AttentionBatch, kept: dict[str, torch.Tensor]) -> Attenti
         block_tables=_kept(kept, "block_tables", batch.block_tables),
         slot_mapping=_kept(kept, "slot_mapping", batch.slot_mapping),
     )
+
+
+def _refilled(first: AttentionBatch | None, batch: AttentionBatch) -> AttentionBatch:
+    """``batch`` in the tensors of the first one, and in that very object, as an engine may keep one."""
+    if first is None:
+        return batch
+    for name in ("cu_seqlens_q", "seq_lens", "block_tables", "slot_mapping"):
+        getattr(first, name).copy_(getattr(batch, name))
+    return first
 
 
 def _kept(kept: dict[str, torch.Tensor], name: str, value: torch.Tensor) -> torch.Tensor:

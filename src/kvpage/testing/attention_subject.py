@@ -7,9 +7,11 @@ from typing import Any, ClassVar
 
 import torch
 
-from kvpage.api.attention import AttentionBackend, AttentionNeed
+from kvpage.api.attention import AttentionBackend, AttentionCaps, AttentionNeed
+from kvpage.testing.attention_class import Mistake, class_mistake, made_mistake
+from kvpage.testing.attention_layout import Shape, environment
 from kvpage.testing.attention_report import check_step
-from kvpage.testing.attention_rig import Rig, Row, Shape, Step
+from kvpage.testing.attention_rig import Rig, Row, Step
 from kvpage.testing.suite import ConformanceError, ConformanceSuite, not_claimed
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -34,6 +36,7 @@ class AttentionSubject(ConformanceSuite):
             does not promise that; its documentation should then say so, since sampled text may depend on load.
     """
 
+    _mistake: ClassVar[Mistake | None]
     backend: ClassVar[type[AttentionBackend]]
     device: ClassVar[str | None] = None
     dtypes: ClassVar[Iterable[str] | None] = None
@@ -45,8 +48,24 @@ class AttentionSubject(ConformanceSuite):
     }  # fmt: skip
     kv_tolerances: ClassVar[Tolerances] = {"int8": (6e-2, 6e-2), "fp8_e4m3": (2.5e-1, 1e-1)}
 
+    @property
+    def claims(self) -> AttentionCaps:
+        """``backend.caps``; skips where the backend cannot be made, which is one finding and not a hundred."""
+        mistake = self.mistake()
+        if mistake is not None:
+            not_claimed(f"see {mistake.test}")
+        return self.backend.caps
+
+    def mistake(self) -> Mistake | None:
+        """Why no case can run, looked for once a suite; ``None``: one can."""
+        kind = type(self)
+        if "_mistake" not in vars(kind):
+            kind._mistake = self._find_mistake()
+        return kind._mistake
+
     def axes(self) -> dict[str, Sequence[Any]]:
-        caps = self.backend.caps
+        wrong = class_mistake(getattr(self, "backend", None))
+        caps = AttentionCaps(devices=frozenset(), dtypes=frozenset()) if wrong else self.backend.caps
         return {
             "dtype": _axis(DTYPES, caps.dtypes, self.dtypes),
             "kv_dtype": _axis(KV_DTYPES, caps.kv_dtypes, None),
@@ -56,13 +75,13 @@ class AttentionSubject(ConformanceSuite):
 
     def where(self) -> str:
         """The device the suite runs on; skips where this machine has none."""
-        claimed = self.backend.caps.devices
+        claimed = self.claims.devices
         if self.device is not None and self.device.partition(":")[0] not in claimed:
             raise ConformanceError(
                 "device",
                 f"device {self.device!r} is set, {self.backend.__name__} claims {', '.join(sorted(claimed))}",
             )
-        device = self.device or ("cpu" if "cpu" in claimed else min(claimed))
+        device = self.device or ("cpu" if "cpu" in claimed else min(claimed, default="of any kind"))
         try:
             torch.empty(0, device=device)
         except (RuntimeError, AssertionError) as error:
@@ -71,17 +90,7 @@ class AttentionSubject(ConformanceSuite):
 
     def shape(self, **changes: Any) -> Shape:
         """A small case that the backend claims, with ``changes``."""
-        axes = self.axes()
-        small = {
-            "dtype": _first(axes["dtype"], self.backend.caps.dtypes),
-            "head_dim": _first([32, *axes["head_dim"]], self.backend.caps.head_dims),
-            "block_size": _first([8, *axes["block_size"]], self.backend.caps.block_sizes),
-        }
-        if self.head_dims is not None and "head_dim" not in changes:
-            small["head_dim"] = min(self.head_dims)
-        if self.block_sizes is not None and "block_size" not in changes:
-            small["block_size"] = min(self.block_sizes)
-        return Shape(**{**small, **changes})
+        return self._shape(self.claims, changes)
 
     def rig(
         self,
@@ -101,7 +110,7 @@ class AttentionSubject(ConformanceSuite):
             block_size=shape.block_size,
             features=frozenset(features),
         )
-        reasons = self.backend.caps.missing(need)
+        reasons = self.claims.missing(need)
         if reasons:
             not_claimed(f"{self.backend.__name__} does not claim {'; '.join(reasons)}")
         return Rig(self.backend, shape, device, lengths, **options)
@@ -126,6 +135,35 @@ class AttentionSubject(ConformanceSuite):
         spans += [(0, size + 3), (5, 2 * size + 7), (2 * size - 1, 3 * size)]
         rig = self.rig([last for _, last in spans], shape, **options)
         return rig, [Row(row, first, last) for row, (first, last) in enumerate(spans)]
+
+    def _shape(self, caps: AttentionCaps, changes: Mapping[str, Any]) -> Shape:
+        axes = self.axes()
+        small = {
+            "dtype": _first(axes["dtype"], caps.dtypes),
+            "head_dim": _first([32, *axes["head_dim"]], caps.head_dims),
+            "block_size": _first([8, *axes["block_size"]], caps.block_sizes),
+        }
+        if self.head_dims is not None and "head_dim" not in changes:
+            small["head_dim"] = min(self.head_dims)
+        if self.block_sizes is not None and "block_size" not in changes:
+            small["block_size"] = min(self.block_sizes)
+        return Shape(**{**small, **changes})
+
+    def _find_mistake(self) -> Mistake | None:
+        wrong = class_mistake(getattr(self, "backend", None))
+        if wrong is not None:
+            return wrong
+        caps = self.backend.caps
+        device = self.device or ("cpu" if "cpu" in caps.devices else min(caps.devices, default="of any kind"))
+        try:
+            torch.empty(0, device=device)
+        except (RuntimeError, AssertionError):
+            return None  # the cases are skipped, and say that this machine has no such device
+        shape = self._shape(caps, {})
+        sizes = {"num_blocks": 9, "max_num_seqs": 8, "max_num_batched_tokens": 64}
+        return made_mistake(
+            self.backend, environment(shape, device, **sizes, max_model_len=8 * shape.block_size)
+        )
 
 
 def _axis(standard: Sequence[Any], claimed: Iterable[Any] | None, chosen: Iterable[Any] | None) -> list[Any]:

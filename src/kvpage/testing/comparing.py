@@ -8,6 +8,9 @@ import torch
 
 from kvpage.testing.suite import ConformanceError
 
+WHOLE = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+"""Integers by bytes an element."""
+
 
 def require(condition: bool, property: str, finding: str) -> None:
     """Raises ConformanceError unless ``condition``."""
@@ -50,7 +53,7 @@ def require_equal(
     wrong = ~((is_ == should) | ((is_ != is_) & (should != should)))
     if bool(wrong.any()):
         zero = torch.zeros(should.shape, dtype=torch.float64, device="cpu")
-        raise ConformanceError(property, _finding(is_.double(), should.double(), zero, wrong, axes, note))
+        raise ConformanceError(property, _finding(is_, should, zero, wrong, axes, note))
 
 
 def require_same_shape(property: str, got: torch.Tensor, expected: torch.Tensor) -> None:
@@ -62,6 +65,32 @@ def require_same_shape(property: str, got: torch.Tensor, expected: torch.Tensor)
         property,
         f"shape is {list(got.shape)}, expected {list(expected.shape)}",
     )
+
+
+def bits(tensor: torch.Tensor) -> torch.Tensor:
+    """A view of the same elements as integers, which compare bit by bit; any strides."""
+    if tensor.dtype in (torch.bool, *WHOLE.values()):
+        return tensor
+    return tensor.view(WHOLE[tensor.dtype.itemsize])
+
+
+def told_apart(got: torch.Tensor, expected: torch.Tensor) -> tuple[str, str]:
+    """Two elements in words: as decimals, and with their bits where the decimals agree."""
+    texts = [_decimal(got), _decimal(expected)]
+    if texts[0] != texts[1]:
+        return texts[0], texts[1]
+    one, other = (
+        f"{text} ({value.dtype}, bits {int(bits(value)) % (1 << 8 * value.dtype.itemsize):#x})".replace(
+            "torch.", ""
+        )
+        for text, value in zip(texts, (got, expected), strict=True)
+    )
+    return one, other
+
+
+def _decimal(value: torch.Tensor) -> str:
+    whole = value.dtype in (torch.bool, *WHOLE.values())
+    return str(int(value)) if whole else f"{float(value):.9g}"
 
 
 def _finding(
@@ -76,8 +105,9 @@ def _finding(
     where = ", ".join(f"{axis} {index}" for axis, index in zip(axes, place, strict=True)) or "the value"
     tolerance = float(allowed[place])
     within = "every bit must agree" if tolerance == 0.0 else f"may differ by {tolerance:.2g}"
+    is_, should = told_apart(got[place], expected[place])
     text = (
-        f"first wrong value at {where}: got {float(got[place]):.9g}, expected {float(expected[place]):.9g} ({within}); "
+        f"first wrong value at {where}: got {is_}, expected {should} ({within}); "
         f"{int(wrong.sum())} of {wrong.numel()} values are wrong"
     )
     return f"{text}. {note}" if note else text

@@ -47,19 +47,22 @@ class ConformanceSuite:
                 metafunc.parametrize(name, list(values), ids=[str(value) for value in values])
 
     def cases(self) -> Iterator[tuple[str, Callable[[], None]]]:
-        """(name as pytest prints it, a call that runs it) of every case, a class's own before those of its bases."""
+        """(name as pytest prints it, a call that runs it) of every case, in pytest's order: the last base's first."""
         axes = self.axes()
         seen: set[str] = set()
+        names: list[str] = []
         for owner in type(self).__mro__:
-            for name in vars(owner):
-                test = getattr(type(self), name, None)
-                if not name.startswith("test_") or name in seen or not callable(test):
-                    continue
-                seen.add(name)
-                parameters = [p for p in inspect.signature(test).parameters if p != "self"]
-                for values in itertools.product(*(axes[p] for p in parameters)):
-                    label = f"{name}[{'-'.join(map(str, values))}]" if values else name
-                    yield label, _bound(getattr(self, name), dict(zip(parameters, values, strict=True)))
+            own = [name for name in vars(owner) if name.startswith("test_") and name not in seen]
+            seen.update(own)
+            names = own + names
+        for name in names:
+            test = getattr(type(self), name)
+            if not callable(test):
+                continue
+            parameters = [p for p in inspect.signature(test).parameters if p != "self"]
+            for values in itertools.product(*(axes[p] for p in parameters)):
+                label = f"{name}[{'-'.join(map(str, values))}]" if values else name
+                yield label, _bound(getattr(self, name), dict(zip(parameters, values, strict=True)))
 
 
 def not_claimed(reason: str) -> NoReturn:
