@@ -14,7 +14,8 @@ from test_family_parity import BASE, YARN, make_model, oracle_logits, prompt
 
 from kvpage.api.model import DecoderEnv, ExpertGroups, MLPSpec, ModelDefinition, MoESpec
 from kvpage.api.parameters import parameters
-from kvpage.api.quant import Dense
+from kvpage.api.quant import ChannelInt8, Dense
+from kvpage.builtin.int8 import Int8PerChannel
 from kvpage.errors import CheckpointError
 from kvpage.loading.memory import Arena
 from kvpage.loading.readers import DummyView, ModuleView, open_checkpoint
@@ -342,3 +343,23 @@ def test_experts_of_another_shape_are_refused_by_tensor_and_entry() -> None:
             device="cpu",
             arena=Arena(),
         )
+
+
+def test_the_matrices_of_latent_attention_are_packed_by_a_scheme_like_all_others(tmp_path: Path) -> None:
+    model, translate = make_moe("deepseek-v2")
+    model.save_pretrained(tmp_path)
+    definition = translate(HFConfig.from_folder(tmp_path), max_model_len=None)
+    loaded = load_weights(
+        definition,
+        open_checkpoint(tmp_path),
+        dtype=torch.float32,
+        device="cpu",
+        arena=Arena(),
+        scheme=Int8PerChannel(),
+    )
+    mixers = {name: form for name, form in loaded.weights.items() if ".mixer." in name and "norm" not in name}
+    assert mixers
+    assert all(isinstance(form, ChannelInt8) for form in mixers.values())
+    norms = [form for name, form in loaded.weights.items() if ".mixer." in name and "norm" in name]
+    assert norms
+    assert all(isinstance(form, Dense) for form in norms)

@@ -5,7 +5,7 @@ A family translates a checkpoint's config into a DecoderSpec; one torch ``Decode
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias, TypeVar, overload
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import torch
 
     from kvpage.api.decoder import KVGroupStep
-    from kvpage.api.quant import LinearKernel, WeightForm
+    from kvpage.api.quant import LinearChoice, LinearKernel, WeightForm
 
 
 T = TypeVar("T")
@@ -37,13 +37,13 @@ class NormSpec:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RopeSpec:
-    """Rotary position embedding whose frequencies are fixed at load.
+    """Rotary position embedding whose frequencies are known at load; "longrope" has two sets of them.
 
     Attributes:
         kind: transformers' rope_type: "default", "linear", "dynamic", "yarn", "longrope", "llama3".
         theta: base. rotary_dim: elements of a head that turn; of an odd number, one more does.
         interleaved: pairs (2i, 2i+1) instead of (i, i + rotary_dim/2).
-        max_position: positions the frequencies are computed for (``max_model_len``; dynamic and longrope).
+        max_position: positions the frequencies are computed for (``max_model_len``; dynamic).
         parameters: the other values of ``rope_parameters`` as the checkpoint states them.
     """
 
@@ -53,6 +53,11 @@ class RopeSpec:
     interleaved: bool = False
     max_position: int = 0
     parameters: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def switch(self) -> int | None:
+        """Tokens of a sequence beyond which all its positions turn by the long factors; ``None`` = they never do."""
+        return int(self.parameters["original_max_position_embeddings"]) if self.kind == "longrope" else None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -147,7 +152,11 @@ class MixerSpec(Protocol):
         ...
 
     def parameters(self, hidden_size: int) -> Mapping[str, tuple[int, ...]]:
-        """Names (below ``layers.i.mixer.``) and shapes of its parameters."""
+        """Names (below ``layers.i.mixer.``) and shapes of its parameters.
+
+        A matrix ``x.weight`` [out, in] is a linear layer and may come quantized: ``build`` makes it with a linear
+        kernel of ``env``. ``x_norm.weight`` [n] scales a norm. All others are given as ``Dense``.
+        """
         ...
 
     def build(self, weights: Mapping[str, WeightForm], env: DecoderEnv) -> Mixer:
@@ -337,11 +346,12 @@ class ModelDefinition:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DecoderEnv:
     """Where a decoder runs: torch device string and dtype name, and the linear kernels to try, in order, before
-    the plain one."""
+    the plain one. ``on_linear`` is told which of them was taken for each weight."""
 
     device: str
     dtype: str
     linear_kernels: tuple[type[LinearKernel], ...] = ()
+    on_linear: Callable[[LinearChoice], None] | None = field(default=None, compare=False, repr=False)
 
 
 class StepContext(Protocol):

@@ -58,7 +58,7 @@ def _layer(prefix: str, layer: LayerSpec, hidden: int) -> Iterator[Parameter]:
         yield from _attention(f"{prefix}.attention", layer.mixer, hidden)
     else:
         for name, shape in layer.mixer.parameters(hidden).items():
-            yield _single(f"{prefix}.mixer.{name}", shape, "other")
+            yield _single(f"{prefix}.mixer.{name}", shape, _mixer_kind(name, shape))
     yield from _norm(f"{prefix}.mixer_norm_after", layer.mixer_norm_after, hidden)
     yield from _norm(f"{prefix}.ffn_norm_before", layer.ffn_norm_before, hidden)
     if isinstance(layer.ffn, MoESpec):
@@ -66,6 +66,13 @@ def _layer(prefix: str, layer: LayerSpec, hidden: int) -> Iterator[Parameter]:
     else:
         yield from _mlp(f"{prefix}.mlp", layer.ffn, hidden)
     yield from _norm(f"{prefix}.ffn_norm_after", layer.ffn_norm_after, hidden)
+
+
+def _mixer_kind(name: str, shape: tuple[int, ...]) -> ParameterKind:
+    """A mixer's own parameters by their names: a matrix ``x.weight`` is a linear layer, which may come quantized."""
+    if name.endswith(".weight"):
+        return "linear" if len(shape) == 2 else "norm" if name.endswith("norm.weight") else "other"
+    return "bias" if name.endswith(".bias") else "other"
 
 
 def _attention(prefix: str, spec: AttentionSpec, hidden: int) -> Iterator[Parameter]:

@@ -71,6 +71,12 @@ class Quantization:
             ConfigError: a format of unknown size.
         """
         known = {**QUANTIZED_BITS, **schemes}
+        if method not in known and stated:
+            raise ConfigError(
+                f"the checkpoint is quantized by {method!r} (quant_method), which no installed plugin reads, and "
+                f"whose size is not known to the plan; known are {', '.join(sorted(known))}: install a plugin that "
+                "reads it, or plan for the unquantized checkpoint"
+            )
         if method not in known:
             raise ConfigError(
                 f"quantization={method!r}: its size is not known to the plan; known are {', '.join(sorted(known))}"
@@ -252,10 +258,11 @@ def _sharding(parameter: Parameter) -> Sharding:
 
 def _is_packed(parameter: Parameter) -> bool:
     """Whether quantization formats pack it: the linear layers inside decoder layers, but routers."""
+    plain = (".router.", ".shared_gate.")
     return (
         parameter.kind == "linear"
         and parameter.name.startswith("layers.")
-        and _sharding(parameter) != "replicated"
+        and not any(part in parameter.name for part in plain)
     )
 
 
