@@ -291,12 +291,7 @@ def resolve(
     block_size = choose(
         "block_size", options.block_size, lambda: (preferred_block_size, "the backend's preference")
     )
-    largest = max(LARGEST_BLOCK, 1 << (max_model_len - 1).bit_length())
-    if options.block_size is not None and block_size > largest:
-        raise ConfigError(
-            f"block_size={block_size} is more than a sequence of max_model_len={max_model_len} tokens can fill: "
-            f"use at most {largest}; {preferred_block_size} is the backend's preference"
-        )
+    _check_block_size(options.block_size, max_model_len)
     if budget < max_num_seqs:
         notes.append(
             f"max_num_batched_tokens={budget} is below max_num_seqs={max_num_seqs}: "
@@ -377,6 +372,16 @@ def blocks_per_sequence(group: GroupFacts, block_size: int, max_model_len: int, 
     """Most blocks one sequence holds in a group: a window keeps the window and the chunk being computed."""
     tokens = max_model_len if group.window is None else min(max_model_len, group.window + budget + block_size)
     return -(-tokens // block_size)
+
+
+def _check_block_size(block_size: int | None, max_model_len: int) -> None:
+    """Raises ConfigError: no sequence could ever fill such a block."""
+    largest = max(LARGEST_BLOCK, 1 << (max_model_len - 1).bit_length())
+    if block_size is not None and block_size > largest:
+        raise ConfigError(
+            f"block_size={block_size} is more than a sequence of max_model_len={max_model_len} tokens can fill: "
+            f"use at most {largest}, or leave it out for the backend's preference"
+        )
 
 
 def _share(

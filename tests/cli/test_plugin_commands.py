@@ -37,15 +37,21 @@ def test_explain_says_which_backend_and_why(checkpoint: str, capsys: pytest.Capt
     assert "decoder backend:\n  torch: chosen, by priority (priority -100)" in out
     assert "checkpoint reader:\n  safetensors: chosen" in out
     assert "quantization scheme:\n  none: the checkpoint is plain" in out
-    assert "linear kernel:\n  torch: chosen, the first that supports plain weights" in out
+    assert "linear kernel for plain weights:\n  torch: chosen, the first that supports plain weights" in out
     assert main(["plugins", "explain", checkpoint, "--json", "-q", "int8"]) == 0
     facts = json.loads(capsys.readouterr().out)
     assert facts["need"]["head_dims"] == [8]
     chosen = {choice["kind"]: choice["chosen"] for choice in facts["choices"]}
     assert chosen == {
         "attention backend": "reference", "decoder backend": "torch", "checkpoint reader": "safetensors",
-        "quantization scheme": "int8", "linear kernel": "torch",
+        "quantization scheme": "int8", "linear kernel for weights of scheme int8": "",
+        "linear kernel for plain weights": "torch",
     }  # fmt: skip
+    of_scheme = next(choice for choice in facts["choices"] if "of scheme" in choice["kind"])
+    assert of_scheme["why"].startswith(
+        "chosen when the weights are read: the first that supports their form, of "
+    )
+    assert of_scheme["others"] == []
 
 
 BACKENDS = """
@@ -98,6 +104,7 @@ def test_list_tells_of_every_plugin_where_it_is_from_and_why_it_is_not_used(
     fast = next(i for i, line in enumerate(lines) if line.split()[:3] == ["attention", "backend", "fast"])
     assert lines[fast].endswith("priority 9: on a chip")
     assert lines[fast + 1].strip() == "needs pip install 'kvpage-chip[driver]'"
+    assert lines[fast + 3].strip() == "there is no module kvpage_no_chip to make it"
     assert main(["plugins", "list", "--json"]) == 0
     found = {plugin["name"]: plugin for plugin in json.loads(capsys.readouterr().out)}
     assert (found["late"]["status"], found["late"]["api_version"], found["late"]["records"]) == (
@@ -117,7 +124,7 @@ def test_explain_has_a_reason_for_each_one_that_is_not_taken(
     attention = dict(choices["attention backend"]["others"])
     assert attention["fast"] == "fast needs pip install 'kvpage-chip[driver]'"
     assert "kvpage_no_chip:Attention cannot be imported" in attention["absent"]
-    assert attention["spare"] == "reference was found first"
+    assert attention["spare"] == "there is no module kvpage_no_chip to make it"
     assert choices["decoder backend"]["chosen"] == "whole"
     assert dict(choices["decoder backend"]["others"]) == {"torch": "it follows if whole declines the weights"}
 
@@ -171,7 +178,7 @@ def test_explain_says_what_the_named_backend_lacks(
         "int8",
     ]
     assert main(arguments) == 2
-    assert "reference lacks KV dtype int8" in capsys.readouterr().err
+    assert "reference: KV dtype int8" in capsys.readouterr().err
 
 
 def test_check_passes_the_reference_in_every_dtype(capsys: pytest.CaptureFixture[str]) -> None:
@@ -185,7 +192,8 @@ def test_check_passes_the_reference_in_every_dtype(capsys: pytest.CaptureFixture
 
 def test_check_refuses_a_name_that_is_no_backend(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plugins", "check", "nothing"]) == 2
-    assert "known: " in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert "known attention backends: reference; known plugins: builtin" in err
 
 
 class ForgetsTheWindow(ReferenceAttention):

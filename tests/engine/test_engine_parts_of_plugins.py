@@ -194,7 +194,7 @@ def test_one_safetensors_file_is_a_model_with_the_config_beside_it(
 def test_a_reader_that_raises_is_named_with_what_it_raised(tmp_path: Path) -> None:
     (tmp_path / "model.bad").touch()
     bad = CheckpointReaderRecord(name="bad", factory=f"{SELF}:Doubling", files=("*.bad",))
-    match = r"the checkpoint reader 'bad' fails \(KeyError: 'general.architecture'\)"
+    match = r"the checkpoint reader 'bad' fails \(KeyError: 'general.architecture', at \S+:\d+\)"
     with pytest.raises(CheckpointError, match=match):
         Engine(tmp_path, plugins=registry(bad))
     with pytest.raises(CheckpointError, match="fails"):

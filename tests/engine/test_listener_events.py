@@ -197,7 +197,7 @@ def test_what_a_listener_does_not_override_is_not_told() -> None:
     class Child(Quiet):
         def token(self, request_id: str, index: int, token_ids: tuple[int, ...]) -> None: ...
 
-    listeners = Listeners([Quiet()])
+    listeners = Listeners({"quiet": Quiet()})
     assert [listeners.hears(event) for event in ("step", "token", "scheduled")] == [True, False, False]
     listeners.add(Child())
     assert [listeners.hears(event) for event in ("step", "token", "scheduled")] == [True, True, False]

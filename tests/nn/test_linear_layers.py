@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 from kvpage.api.model import DecoderEnv
-from kvpage.api.quant import Dense, LinearEnv, LinearKernel, WeightForm, adjacent
+from kvpage.api.quant import Dense, LinearChoice, LinearEnv, LinearKernel, WeightForm, adjacent
 from kvpage.errors import PluginError
 from kvpage.nn.linear import DenseLinear, build_fused, build_linear, make_kernel
 
@@ -92,6 +93,7 @@ def test_parts_in_one_tensor_are_one_product(
     env = DecoderEnv(device="cpu", dtype="float32", linear_kernels=(Counting,))
     fused = build_fused(weights, ["q", "k", "v"], env)
     x = random(3, 96, seed=1)
+    Counting.products = 0
     torch.testing.assert_close(torch.cat(list(fused(x)), 1), F.linear(x, whole, biases))
     assert Counting.products == (1 if merged else 3)
 
@@ -143,6 +145,67 @@ class Picky(LinearKernel):
 def test_a_kernel_that_refuses_makes_way_for_the_plain_one() -> None:
     env = DecoderEnv(device="cpu", dtype="float32", linear_kernels=(Picky,))
     assert isinstance(build_linear({"o.weight": Dense(random(4, 4))}, "o", env), DenseLinear)
+
+
+class Narrow(DenseLinear):
+    """Forgets the last output."""
+
+    name = "narrow"
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x)[:, :-1]
+
+
+class Wide(DenseLinear):
+    """Another dtype than it was given."""
+
+    name = "wide"
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x).double()
+
+
+class Unprepared(DenseLinear):
+    name = "unprepared"
+
+    def prepare(self, form: WeightForm, bias: torch.Tensor | None) -> None:
+        raise RuntimeError("out of tiles")
+
+
+class Failing(DenseLinear):
+    name = "failing"
+
+    @classmethod
+    def supports(cls, form: WeightForm, env: LinearEnv) -> list[str]:
+        raise RuntimeError("no driver")
+
+
+class Vague(DenseLinear):
+    name = "vague"
+
+    @classmethod
+    def supports(cls, form: WeightForm, env: LinearEnv) -> Any:
+        return None
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        (Narrow, "forward() of one row gave [1, 3], torch.float32, expected [1, 4], torch.float32"),
+        (Wide, "forward() of one row gave [1, 4], torch.float64, expected [1, 4], torch.float32"),
+        (Unprepared, "it raised RuntimeError: out of tiles"),
+        (Failing, "it raised RuntimeError: no driver"),
+        (Vague, "it raised TypeError: supports() returned None, no list of reasons"),
+    ],
+)
+def test_a_defective_kernel_is_passed_over_with_the_reason(kind: type[LinearKernel], reason: str) -> None:
+    choices: list[LinearChoice] = []
+    env = DecoderEnv(device="cpu", dtype="float32", linear_kernels=(kind, Picky), on_linear=choices.append)
+    assert type(build_linear({"o.weight": Dense(random(4, 8))}, "o", env)) is DenseLinear
+    (choice,) = choices
+    assert (choice.weight, choice.form, choice.kernel) == ("o", "Dense", DenseLinear)
+    assert [(r.kernel, r.broken) for r in choice.refused] == [(kind, True), (Picky, False)]
+    assert choice.refused[0].reasons == (reason,)
 
 
 def test_a_form_nobody_computes_is_refused_with_every_reason() -> None:

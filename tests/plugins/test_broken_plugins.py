@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -9,7 +11,13 @@ import pytest
 from installed_plugins import module, policy_plugin
 from kvpage import PluginError, PluginRegistry
 from kvpage.api import API_VERSION
-from kvpage.api.records import AttentionBackendRecord, CheckpointReaderRecord, ModelRecord
+from kvpage.api.records import (
+    AttentionBackendRecord,
+    CheckpointReaderRecord,
+    ModelRecord,
+    QuantizationSchemeRecord,
+    Record,
+)
 from kvpage.plugins import PluginStatus
 
 
@@ -146,7 +154,46 @@ class Exploding:
 
 
 def test_a_plugin_that_cannot_even_be_looked_at_is_listed() -> None:
-    assert status_of(registry(Exploding()), "Exploding").reason == "OSError: no device"
+    reason = status_of(registry(Exploding()), "Exploding").reason
+    assert reason.startswith("OSError: no device, at ")
+
+
+def test_a_reason_is_one_line_and_says_where_the_plugin_raised() -> None:
+    broken = module("@hookimpl\ndef kvpage_models():\n    raise OSError('driver too\\nold')")
+    reason = status_of(registry(broken), "made_of_text").reason
+    assert re.fullmatch(r"OSError: driver too \.\.\., at \S+:\d+", reason)
+
+
+@pytest.mark.parametrize("given", [None, 42, {"a": 1}, [("builtin",)]])
+def test_only_what_resolved_gave_is_loaded_again(given: Any) -> None:
+    with pytest.raises(PluginError, match=r"from_resolved takes what resolved\(\) gave"):
+        PluginRegistry.from_resolved(given)
+
+
+@pytest.mark.parametrize("option", [{"strict": "yes"}, {"entry_points": "no"}, {"selection": 3}])
+def test_an_option_of_another_type_is_named(option: dict[str, Any]) -> None:
+    with pytest.raises(PluginError, match=f"{next(iter(option))} must be"):
+        PluginRegistry(**option)
+
+
+def test_a_hook_is_named_by_text() -> None:
+    with pytest.raises(PluginError, match="a hook is named by text"):
+        registry().records(None)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (lambda: ModelRecord(name="m", factory="a:b", architectures=()), "architectures=()"),
+        (lambda: ModelRecord(name="m", factory="a:b", architectures=("",)), "architectures=('',)"),
+        (lambda: CheckpointReaderRecord(name="m", factory="a:b", files=()), "files=()"),
+        (lambda: QuantizationSchemeRecord(name="m", factory="a:b", bits=0), "bits=0"),
+        (lambda: QuantizationSchemeRecord(name="m", factory="a:b", bits=float("nan")), "bits=nan"),
+    ],
+)
+def test_a_record_that_could_never_be_chosen_is_refused(make: Callable[[], Record], reason: str) -> None:
+    with pytest.raises(PluginError, match=re.escape(f"'m' has {reason}: ")):
+        make()
 
 
 @pytest.mark.parametrize("given", ["kvpage_mychip.plugin", 3, pytest])

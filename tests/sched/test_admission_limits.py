@@ -144,10 +144,43 @@ def test_a_policy_that_raises_leaves_nothing_behind() -> None:
             raise KeyError(request.request_id)
 
     bench = Bench(policy=Broken())
-    with pytest.raises(KeyError):
+    with pytest.raises(RequestError, match=r"scheduling policy 'fcfs' failed on this request \(KeyError"):
         bench.submit(4)
     bench.scheduler.check()
     assert not bench.scheduler.has_work
+
+
+@pytest.mark.parametrize("odd", [None, "text", float("nan"), (1,), object()])
+def test_a_key_that_cannot_be_ordered_refuses_its_request_alone(odd: object) -> None:
+    class OddFirst(SchedulingPolicy):
+        def key(self, request: ScheduledRequest) -> object:
+            return odd if len(request.prompt_token_ids) == 7 else len(request.prompt_token_ids)
+
+    bench = Bench(policy=OddFirst())
+    bench.submit(4)
+    for _ in range(2):
+        with pytest.raises(
+            RequestError, match=r"scheduling policy 'fcfs' gave this request the key .* ordered"
+        ):
+            bench.submit(7)
+        bench.submit(3)
+    bench.scheduler.check()
+    assert bench.scheduler.num_waiting == 3
+
+
+def test_keys_of_one_odd_type_are_compared_with_every_other() -> None:
+    class Pairs(SchedulingPolicy):
+        def key(self, request: ScheduledRequest) -> object:
+            count = len(request.prompt_token_ids)
+            return (count % 2, "even" if count == 6 else count)
+
+    bench = Bench(policy=Pairs())
+    for count in (5, 4):
+        bench.submit(count)
+    with pytest.raises(RequestError, match="cannot be ordered with"):
+        bench.submit(6)
+    bench.submit(3)
+    bench.scheduler.check()
 
 
 @pytest.mark.parametrize("limits", [(0, 1, 10), (1, 0, 10), (1, 1, 1)])

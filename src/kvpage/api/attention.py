@@ -118,9 +118,10 @@ class AttentionLayer:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Rope:
-    """Rotary tables of one layer kind: cos, sin float32 [max positions, rotary_dim / 2].
+    """Rotary tables of one layer kind: cos, sin float32 [rows, rotary_dim / 2], one row a position.
 
-    Rotates the first ``rotary_dim`` elements of each head: pairs (i, i + rotary_dim/2), or (2i, 2i+1) where
+    A model of which long sequences turn by other frequencies (longrope) has the rows of those after the others; the
+    positions that come with a step say which row each token takes. Rotates the first ``rotary_dim`` elements of each head: pairs (i, i + rotary_dim/2), or (2i, 2i+1) where
     ``interleaved``. RoFormer, arXiv:2104.09864.
     """
 
@@ -238,7 +239,7 @@ class AttentionBackend(ABC):
         kv: torch.Tensor,
         batch: AttentionBatch,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Rotate q and k for positions int64 [T] (``rope=None``: not at all), then ``write_kv``.
+        """Rotate q and k by rows ``positions`` int64 [T] of ``rope`` (``None``: not at all), then ``write_kv``.
 
         Returns the rotated (q, k); the caller reads no others, so that a backend may rotate in place. Backends may
         fuse the two; the rotation is in float32 and rounded once to the dtype of q and k, as ``rotate`` does it.

@@ -31,6 +31,9 @@ class KVGroupStep:
         batch, plan: what ``backend.attend`` would be given.
         tensors: KV tensor of each layer of the group, by ``kv_index``.
         ropes: rotary tables of each layer, ``None`` where it does not rotate.
+        rope_positions: int64 [T], the row of these tables that each token of the step turns by: what
+            ``backend.rope_write`` is to be given. Equal to ``positions`` of ``CausalLM.forward`` but for models of
+            which long sequences turn by frequencies of their own (longrope). ``None``: they are equal.
     """
 
     backend: AttentionBackend
@@ -38,6 +41,7 @@ class KVGroupStep:
     plan: object
     tensors: Sequence[torch.Tensor]
     ropes: Sequence[Rope | None]
+    rope_positions: torch.Tensor | None = None
 
 
 class DecoderBackend(ABC):

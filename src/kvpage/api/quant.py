@@ -253,6 +253,31 @@ class LinearKernel(ABC):
         """x [T, in] -> [T, out] of x's dtype; T may be 0 and x may be a strided view."""
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LinearRefusal:
+    """A kernel that does not compute a weight, and why; ``broken``: it failed, where others decline."""
+
+    kernel: type[LinearKernel]
+    reasons: tuple[str, ...]
+    broken: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LinearChoice:
+    """Which kernel computes a weight.
+
+    Attributes:
+        weight: its name, several where they are one product ("layers.0.attention.q, k, v").
+        form: the name of its form's class. kernel: ``None`` where none computes it.
+        refused: those that were asked before.
+    """
+
+    weight: str
+    form: str
+    kernel: type[LinearKernel] | None
+    refused: tuple[LinearRefusal, ...] = ()
+
+
 class QuantScheme(ABC):
     """A checkpoint format for linear weights (GPTQ, AWQ, ...), or a way to quantize plain ones while they load."""
 

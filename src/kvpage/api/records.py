@@ -9,6 +9,7 @@ from dataclasses import dataclass, fields
 from kvpage.errors import PluginError
 
 FIELD_TYPES: dict[str, tuple[type, ...]] = {"str": (str,), "int": (int,), "float": (int, float)}
+MAX_BITS = 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +49,12 @@ class Record:
                     f"{type(self).__name__} {self.name!r} has {field.name}={value!r:.80}: it must be {field.type}"
                 )
 
+    def _refuse(self, field: str, must: str) -> None:
+        """Raises PluginError: the value of ``field`` is not what it must be."""
+        raise PluginError(
+            f"{type(self).__name__} {self.name!r} has {field}={getattr(self, field)!r:.80}: {must}"
+        )
+
 
 def _is_of(value: object, wanted: str) -> bool:
     """Whether ``value`` is of an annotation that records use; any other annotation is a plugin's own affair."""
@@ -86,6 +93,11 @@ class CheckpointReaderRecord(Record):
     files: tuple[str, ...]
     summary: str = ""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not all(self.files) or not self.files:
+            self._refuse("files", "it must name at least one pattern of files, such as '*.gguf'")
+
 
 @dataclass(frozen=True, kw_only=True)
 class QuantizationSchemeRecord(Record):
@@ -100,6 +112,11 @@ class QuantizationSchemeRecord(Record):
     methods: tuple[str, ...] = ()
     bits: float = 16.0
     summary: str = ""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.bits <= MAX_BITS:
+            self._refuse("bits", f"a stored weight has more than 0 and at most {MAX_BITS} bits")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,6 +138,11 @@ class ModelRecord(Record):
     """
 
     architectures: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not all(self.architectures) or not self.architectures:
+            self._refuse("architectures", "it must name at least one, such as 'LlamaForCausalLM'")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,7 +23,7 @@ from kvpage.errors import PluginError
 from kvpage.flags.parser import CommandParser, UsageError
 from kvpage.plugins import PluginRegistry, PluginStatus
 from kvpage.plugins.collecting import HOOKS
-from kvpage.plugins.selection import load_class, unavailable
+from kvpage.plugins.factories import lacking, load_class
 
 LIST = "Every plugin that was found, with what it registers; one that could not be used, with the reason."
 CHECK = """\
@@ -71,8 +71,8 @@ def list_plugins(arguments: Sequence[str]) -> int:
         print(_headline(status))
         for record in status.records:
             print(f"  {_kind(record):<19} {record.name:<14} {_details(record)}".rstrip())
-            if unavailable(record):
-                print(f"  {'':<19} {'':<14} {unavailable(record)}")
+            if lacking(record):
+                print(f"  {'':<19} {'':<14} {lacking(record)}")
     return OK
 
 
@@ -107,8 +107,12 @@ def _named(
     # Of several plugins with one name, at most one is active.
     statuses = sorted((s for s in registry.statuses() if s.name == name), key=lambda s: s.status != "active")
     if not statuses:
-        known = ", ".join([*(r.name for r in records), *(s.name for s in registry.statuses())])
-        raise PluginError(f"there is no attention backend and no plugin {name!r}; known: {known}")
+        backends = ", ".join(record.name for record in records)
+        plugins = ", ".join(dict.fromkeys(status.name for status in registry.statuses()))
+        raise PluginError(
+            f"there is no attention backend and no plugin {name!r}; known attention backends: {backends}; known "
+            f"plugins: {plugins}"
+        )
     return [record for record in records if record in statuses[0].records], statuses[0]
 
 
@@ -145,8 +149,7 @@ def _headline(status: PluginStatus) -> str:
 
 def _as_json(status: PluginStatus) -> dict[str, object]:
     records = [
-        {"kind": _kind(record), **asdict(record), "unavailable": unavailable(record)}
-        for record in status.records
+        {"kind": _kind(record), **asdict(record), "unavailable": lacking(record)} for record in status.records
     ]
     return {**asdict(status), "records": records}
 

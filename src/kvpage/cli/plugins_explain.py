@@ -14,7 +14,9 @@ from kvpage.config import EngineOptions, resolve_dtype
 from kvpage.flags.engine import add_engine_flags, add_model_argument, chosen_model, engine_options
 from kvpage.flags.parser import CommandParser
 from kvpage.plugins import PluginRegistry
-from kvpage.plugins.selection import Rejected, choose_reader, unavailable
+from kvpage.plugins.discovery import describe
+from kvpage.plugins.factories import lacking
+from kvpage.plugins.selection import Rejected, choose_reader
 
 if TYPE_CHECKING:
     from kvpage.api.attention import AttentionNeed
@@ -52,7 +54,8 @@ def explain(arguments: Sequence[str]) -> int:
     registry = PluginRegistry()
 
     with undivided():  # torch, as the backends themselves
-        from kvpage.engine.backends import attention_need, choose_backends, find_device
+        from kvpage.engine.attention import attention_need
+        from kvpage.engine.backends import choose_backends, find_device
         from kvpage.engine.quantization import find_scheme
         from kvpage.engine.source import define_model, find_model
     source = find_model(options, registry, weights=False)
@@ -67,7 +70,7 @@ def explain(arguments: Sequence[str]) -> int:
         _decoder(registry, backends),
         _reader(options, registry, source.reader),
         _scheme(registry, scheme),
-        _kernels(registry, backends, scheme),
+        *_kernels(registry, backends, scheme),
     ]
     if namespace.json:
         facts = {"model": str(options.model), "need": _need(need), "block_size": size,
@@ -94,9 +97,7 @@ def _others(
 ) -> tuple[tuple[str, str], ...]:
     """(name, why not) of all but ``chosen``: what was found against it, else that it was not needed."""
     known = {name: "; ".join(reasons) for name, reasons in rejected}
-    return tuple(
-        (r.name, known.get(r.name, unavailable(r) or otherwise)) for r in records if r.name != chosen
-    )
+    return tuple((r.name, known.get(r.name, lacking(r) or otherwise)) for r in records if r.name != chosen)
 
 
 def _attention(registry: PluginRegistry, backends: Backends) -> Explained:
@@ -147,35 +148,36 @@ def _scheme(registry: PluginRegistry, scheme: SchemeChoice | None) -> Explained:
     return Explained("quantization scheme", scheme.record.name, why, others)
 
 
-def _kernels(registry: PluginRegistry, backends: Backends, scheme: SchemeChoice | None) -> Explained:
-    """The kernel of plain weights; those of a scheme's forms are known when there are weights."""
+def _kernels(registry: PluginRegistry, backends: Backends, scheme: SchemeChoice | None) -> list[Explained]:
+    """The kernel of plain weights; and, as far as it is known without weights, those of a scheme's forms."""
     import torch
 
     from kvpage.api.quant import Dense, LinearEnv
     from kvpage.plugins.selection import choose_kernels
 
+    kind = "linear kernel for plain weights"
     records = registry.linear_kernels()
     if backends.decoder is None:
         why = "the model is computed by transformers' own code"
-        return Explained("linear kernel", "", why, _others(records, "", (), why))
-    _, rejected = choose_kernels(records)
-    lost = {name for name, _ in rejected}
+        return [Explained(kind, "", why, _others(records, "", (), why))]
+    kernels, lost = choose_kernels(records)
     where = LinearEnv(device=torch.device(backends.env.device).type, dtype=backends.env.dtype)
     form = Dense(torch.empty((1, 1), dtype=getattr(torch, where.dtype), device=where.device))
-    usable = [record for record in records if record.name not in lost]
-    chosen = ""
-    for record, kernel in zip(usable, backends.env.linear_kernels, strict=True):
+    chosen, rejected = "", lost
+    for name, kernel in kernels.items():
         try:
-            reasons = kernel.supports(form, where)
+            reasons = tuple(kernel.supports(form, where))
         except Exception as error:  # foreign code
-            reasons = [f"supports() raised {type(error).__name__}: {error}"]
+            reasons = (f"supports() raised {describe(error)}",)
         if not reasons:
-            chosen = record.name
+            chosen = name
             break
-        rejected += ((record.name, tuple(reasons)),)
-    why = "the first that supports plain weights"
-    if scheme is not None:
-        why += f"; the forms of {scheme.record.name} go to the first of {', '.join(r.name for r in usable)} that does"
-    return Explained(
-        "linear kernel", chosen, why, _others(records, chosen, rejected, f"{chosen} comes first")
-    )
+        rejected += ((name, reasons),)
+    others = _others(records, chosen, rejected, f"{chosen} comes first")
+    plain = Explained(kind, chosen, "the first that supports plain weights", others)
+    if scheme is None:
+        return [plain]
+    taken = scheme.record.name
+    why = f"chosen when the weights are read: the first that supports their form, of {', '.join(kernels)}"
+    unusable = tuple((name, "; ".join(reasons)) for name, reasons in lost)
+    return [Explained(f"linear kernel for weights of scheme {taken}", "", why, unusable), plain]

@@ -8,9 +8,7 @@ import os
 from dataclasses import dataclass
 from typing import Any, cast
 
-from kvpage.api.events import EventListener
 from kvpage.api.model import PagedModelSpec
-from kvpage.api.records import Record
 from kvpage.cache.manager import BlockManager
 from kvpage.cache.tables import GroupConfig
 from kvpage.config import (
@@ -20,14 +18,14 @@ from kvpage.config import (
     resolve,
     resolve_dtype,
 )
+from kvpage.engine.attention import group_facts, machine_facts, make_kv_store, rope_switch
 from kvpage.engine.backends import (
     choose_backends,
     find_device,
     find_policy,
     find_processors,
-    group_facts,
-    machine_facts,
-    make_kv_store,
+    make_listeners,
+    policy_name,
     warn_of_broken,
     with_backends,
 )
@@ -39,14 +37,13 @@ from kvpage.engine.model import make_model
 from kvpage.engine.quantization import find_scheme
 from kvpage.engine.source import Source, define_model, find_model
 from kvpage.engine.stats import Listeners, StatsLog
-from kvpage.errors import ConfigError, PluginError, RequestError
+from kvpage.errors import ConfigError, RequestError
 from kvpage.loading.hub import resolve as resolve_model
 from kvpage.loading.memory import Arena, trim_heap
 from kvpage.models.define import describe_path
 from kvpage.models.hf_config import GenerationDefaults
 from kvpage.params import NEUTRAL
-from kvpage.plugins import PluginRegistry, load
-from kvpage.plugins.selection import unavailable
+from kvpage.plugins import PluginRegistry
 from kvpage.runner.batch import BatchBuilder
 from kvpage.runner.runner import ModelRunner
 from kvpage.sample.sampler import Sampler
@@ -89,7 +86,7 @@ def build_engine(options: EngineOptions, plugins: PluginRegistry | None) -> Engi
         made = make_model(options, source, definition, scheme, backends, arena)
         facts = ModelFacts(context=context, dtype=dtype, groups=group_facts(spec))
         config = resolve(options, facts, machine_facts(device), backends.attention.block_size)
-        config = with_backends(config, backends.attention, made.decoder, made.reason, path)
+        config = with_backends(config, backends, made.decoder, made.reason, path)
         for note in config.notes:
             LOG.info("%s", note)
         tokenizer = _tokenizer(options, source)
@@ -107,6 +104,7 @@ def build_engine(options: EngineOptions, plugins: PluginRegistry | None) -> Engi
                 max_model_len=config.max_model_len,
                 block_size=config.block_size,
                 num_groups=len(spec.kv_groups),
+                rope_switch=rope_switch(spec, config.max_model_len),
             ),
             Sampler(
                 vocab_size=spec.vocab_size,
@@ -163,13 +161,14 @@ def _core(
             max_num_batched_tokens=config.max_num_batched_tokens,
             max_model_len=config.max_model_len,
             policy=find_policy(options.scheduling_policy, registry),
+            policy_name=policy_name(options.scheduling_policy),
             max_num_queued_reqs=options.max_num_queued_reqs,
             max_num_queued_tokens=options.max_num_queued_tokens,
             long_prefill_token_threshold=options.long_prefill_token_threshold,
+            rope_switch=rope_switch(spec, config.max_model_len),
         ),
         blocks,
     )
-    listeners = [_make_listener(record) for record in registry.event_listeners() if not unavailable(record)]
 
     def release() -> None:
         arena.close()
@@ -177,7 +176,13 @@ def _core(
 
     metrics = EngineMetrics(config.max_model_len, _cache_info(options, config, blocks))
     core = EngineCore(
-        scheduler, blocks, LocalExecutor(runner), tokenizer, Listeners(listeners), metrics, release
+        scheduler,
+        blocks,
+        LocalExecutor(runner),
+        tokenizer,
+        Listeners(make_listeners(registry)),
+        metrics,
+        release,
     )
     if not options.disable_log_stats:
         core.listeners.add(StatsLog(core.stats))
@@ -198,18 +203,6 @@ def _cache_info(options: EngineOptions, config: Resolved, blocks: BlockManager) 
         "max_num_seqs": config.max_num_seqs,
     }
     return {name: str(value) for name, value in values.items()}
-
-
-def _make_listener(record: Record) -> EventListener:
-    try:
-        return cast(EventListener, load(record)())
-    except PluginError:
-        raise
-    except Exception as error:  # a plugin's constructor may raise anything
-        raise PluginError(
-            f"event listener {record.name!r} cannot be made ({type(error).__name__}: {error}): "
-            "leave its plugin out or repair it"
-        ) from error
 
 
 def _tokenizer(options: EngineOptions, source: Source) -> Tokenizer | None:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any
 
 from kvpage.api.quant import CheckpointView, QuantScheme
 from kvpage.api.records import QuantizationSchemeRecord
 from kvpage.config import EngineOptions
 from kvpage.errors import CheckpointError, ConfigError, KvpageError, PluginError
 from kvpage.models.hf_config import HFConfig
-from kvpage.plugins import PluginRegistry, load
+from kvpage.plugins import PluginRegistry
+from kvpage.plugins.discovery import describe
+from kvpage.plugins.factories import load_class
 
 HOOK = "kvpage_quantization_schemes"
 
@@ -32,14 +34,20 @@ class SchemeChoice:
             PluginError: the scheme's own code fails.
         """
         try:
-            return self.kind.from_checkpoint(self.config, view)
-        except KvpageError:
+            scheme = self.kind.from_checkpoint(self.config, view)
+        except (KvpageError, MemoryError):
             raise
         except Exception as error:  # a plugin's code may raise anything
             raise PluginError(
                 f"quantization scheme {self.record.name!r} cannot read this checkpoint's quantization_config "
-                f"({type(error).__name__}: {error}): repair its plugin, or use the unquantized checkpoint"
+                f"({describe(error)}): repair its plugin, or use the unquantized checkpoint"
             ) from error
+        if not isinstance(scheme, QuantScheme):
+            raise PluginError(
+                f"quantization scheme {self.record.name!r}: from_checkpoint() returned {scheme!r:.80}, which is no "
+                "kvpage.api.quant.QuantScheme: repair its plugin"
+            )
+        return scheme
 
 
 def find_scheme(options: EngineOptions, config: HFConfig, registry: PluginRegistry) -> SchemeChoice | None:
@@ -97,7 +105,8 @@ def _stated(
 
 
 def _load(record: QuantizationSchemeRecord) -> type[QuantScheme]:
-    return cast("type[QuantScheme]", load(record))
+    kind: type[QuantScheme] = load_class(record, QuantScheme)
+    return kind
 
 
 def _known(records: list[QuantizationSchemeRecord]) -> str:

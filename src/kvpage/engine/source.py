@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from kvpage.api.checkpoint import CheckpointReader
 from kvpage.api.model import ModelDefinition
@@ -19,8 +19,12 @@ from kvpage.loading.readers import DummyView, ModuleView
 from kvpage.models.define import choose_path
 from kvpage.models.fallback.source import FallbackDefinition
 from kvpage.models.hf_config import HFConfig
-from kvpage.plugins import PluginRegistry, load
-from kvpage.plugins.selection import DUMMY, check_load_format, choose_reader, load_class
+from kvpage.plugins import PluginRegistry
+from kvpage.plugins.discovery import describe
+from kvpage.plugins.factories import load_class
+from kvpage.plugins.selection import DUMMY, check_load_format, choose_reader
+
+VIEW = ("shared", "names", "info", "read", "slices", "where")
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +69,8 @@ def find_model(options: EngineOptions, registry: PluginRegistry, *, weights: boo
     reader = open_reader(record, path)
     folder = path.parent if path.is_file() else path
     stated = _ask(record.name, path, reader.config)
+    if not isinstance(stated, Mapping):
+        raise PluginError(f"checkpoint reader {record.name!r}: config() returned {stated!r:.80}, no mapping")
     own_file = path if path.is_file() else path / "config.json"
     return Source(folder, None, HFConfig(stated, source=str(own_file)), reader)
 
@@ -89,7 +95,7 @@ def _ask(name: str, path: Path, question: Callable[[], Any]) -> Any:
         raise
     except Exception as error:
         raise CheckpointError(
-            f"{path}: the checkpoint reader {name!r} fails ({type(error).__name__}: {error}): load_format names "
+            f"{path}: the checkpoint reader {name!r} fails ({describe(error)}): load_format names "
             "another one, or leave its plugin out"
         ) from error
 
@@ -107,7 +113,7 @@ def define_model(
 ) -> tuple[ModelDefinition | FallbackDefinition, int]:
     """(the model, its context length), by the path that it runs."""
     return choose_path(
-        lambda architectures: cast(Callable[..., object], load(registry.model_for(architectures))),
+        registry.find_family,
         source.config,
         options,
         folder=source.folder,
@@ -123,5 +129,12 @@ def open_weights(options: EngineOptions, source: Source, definition: ModelDefini
         return DummyView(definition)
     if source.reader is None:
         raise PluginError(f"{source.folder} was opened without a reader")
-    view: CheckpointView = _ask(type(source.reader).__name__, source.folder, source.reader.weights)
+    name = type(source.reader).__name__
+    view: CheckpointView = _ask(name, source.folder, source.reader.weights)
+    lacking = [part for part in VIEW if not hasattr(view, part)]
+    if lacking:
+        raise PluginError(
+            f"checkpoint reader {name}: weights() returned {view!r:.80}, which lacks {', '.join(lacking)} of "
+            "kvpage.api.quant.CheckpointView"
+        )
     return view

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from kvpage.api.events import EventListener, StepStats
@@ -56,10 +56,13 @@ EVENTS = ("admitted", "scheduled", "preempted", "token", "finished", "completed"
 class Listeners:
     """Calls event listeners, each for what it overrides; one that raises is logged and dropped."""
 
-    def __init__(self, listeners: Sequence[EventListener]) -> None:
+    def __init__(self, listeners: Mapping[str, EventListener] | None = None) -> None:
+        """``listeners`` by their names, which the log calls them by."""
         self._hearing: dict[str, list[EventListener]] = {event: [] for event in EVENTS}
-        for listener in listeners:
+        self._names: dict[int, str] = {}
+        for name, listener in (listeners or {}).items():
             self.add(listener)
+            self._names[id(listener)] = name
 
     def hears(self, event: str) -> bool:
         """Whether anyone would be told of ``event``, the name of a method of ``EventListener``."""
@@ -79,7 +82,10 @@ class Listeners:
                 getattr(listener, event)(*values)
             except Exception:
                 # A listener is a guest of the engine: its faults end its own subscription and nothing else.
-                logging.getLogger("kvpage").exception("event listener %r failed and is dropped", listener)
+                name = self._names.get(id(listener), repr(listener))
+                logging.getLogger("kvpage").exception(
+                    "event listener %s failed in %s and is dropped", name, event
+                )
                 for hearing in self._hearing.values():
                     hearing[:] = [other for other in hearing if other is not listener]
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import cast
 
 from kvpage.api.checkpoint import CheckpointReader
 from kvpage.api.model import ModelDefinition
@@ -14,8 +13,10 @@ from kvpage.inspect.model_size import PlannedModel, StoredTensor, read_headers, 
 from kvpage.loading.locate import find_folder
 from kvpage.models.define import choose_path, describe_path
 from kvpage.models.hf_config import HFConfig
-from kvpage.plugins import PluginRegistry, load
-from kvpage.plugins.selection import SAFETENSORS, choose_reader, load_class
+from kvpage.plugins import PluginRegistry
+from kvpage.plugins.discovery import describe
+from kvpage.plugins.factories import load_class
+from kvpage.plugins.selection import SAFETENSORS, choose_reader
 
 
 def planned_model(options: EngineOptions, registry: PluginRegistry) -> PlannedModel:
@@ -35,7 +36,7 @@ def planned_model(options: EngineOptions, registry: PluginRegistry) -> PlannedMo
     else:
         config, stored = _ask_reader(load_class(record, CheckpointReader), path)
     definition, _ = choose_path(
-        lambda architectures: cast(Callable[..., object], load(registry.model_for(architectures))),
+        registry.find_family,
         config,
         options,
         folder=path.parent if path.is_file() else path,
@@ -67,5 +68,5 @@ def _ask_reader(kind: type[CheckpointReader], path: Path) -> tuple[HFConfig, Map
         raise
     except Exception as error:  # foreign code
         raise CheckpointError(
-            f"{path}: the checkpoint reader {kind.__name__} fails ({type(error).__name__}: {error})"
+            f"{path}: the checkpoint reader {kind.__name__} fails ({describe(error)})"
         ) from error

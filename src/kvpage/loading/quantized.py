@@ -58,7 +58,7 @@ class QuantizedWeights:
             return
         for linear in _linears(parameters, refs, by_parameter=scheme.quantizes_plain):
             with _blamed(scheme, linear):
-                tensors = dict(scheme.tensors(linear, view))
+                tensors = _stated(scheme.tensors(linear, view))
             if not tensors:
                 continue
             if not scheme.quantizes_plain:
@@ -97,7 +97,9 @@ class QuantizedWeights:
                     room = rooms[index] = allocate((total, *tensor.shape[1:]), tensor.dtype)
                 return room[start : start + rows].copy_(tensor)
 
-            forms[part.name] = self._form(part).map(house)
+            form = self._form(part)
+            with _blamed(self._scheme, self._matrices[part.name].linear):
+                forms[part.name] = _a_form(form.map(house), "map()")
             start += rows
         return forms
 
@@ -133,11 +135,14 @@ class QuantizedWeights:
         linear = matrix.linear
         if matrix.form is None:
             with _blamed(self._scheme, linear):
-                matrix.form = self._scheme.to_form(linear, self._tensors(parameter, matrix))
+                matrix.form = _a_form(
+                    self._scheme.to_form(linear, self._tensors(parameter, matrix)), "to_form()"
+                )
+                shape = tuple(matrix.form.shape)
             expected = (linear.out_features, linear.in_features)
-            if matrix.form.shape != expected:
+            if shape != expected:
                 raise PluginError(
-                    f"quantization scheme {type(self._scheme).__name__} made a form of shape {list(matrix.form.shape)} "
+                    f"quantization scheme {type(self._scheme).__name__} made a form of shape {list(shape)} "
                     f"of {linear.name!r}, expected {list(expected)}"
                 )
         form, ref = matrix.form, self._refs[parameter.name]
@@ -147,7 +152,8 @@ class QuantizedWeights:
         if self._scheme.quantizes_plain or ref.rows is None:
             return form
         parts = [torch.arange(*outputs, device="cpu") for outputs in ranges(ref, linear.out_features)]
-        return form.take(torch.cat(parts))
+        with _blamed(self._scheme, linear):
+            return _a_form(form.take(torch.cat(parts)), "take()")
 
     def _tensors(self, parameter: Parameter, matrix: _Matrix) -> dict[str, torch.Tensor]:
         assert self._scheme is not None
@@ -180,8 +186,30 @@ def _linears(
     ]
 
 
+def _stated(answer: object) -> dict[str, TensorSpec]:
+    """What ``tensors()`` answered, if it is what it must be."""
+    if not isinstance(answer, Mapping):
+        raise TypeError(f"tensors() returned {answer!r:.80}, expected a mapping of names to TensorSpec")
+    for suffix, spec in answer.items():
+        if not isinstance(suffix, str) or not isinstance(spec, TensorSpec):
+            raise TypeError(
+                f"tensors() has the entry {suffix!r:.40}: {spec!r:.40}, expected a name and a TensorSpec"
+            )
+        if not isinstance(getattr(torch, str(spec.dtype), None), torch.dtype):
+            raise ValueError(
+                f"tensors() states the dtype {spec.dtype!r:.40} of {suffix!r}, which torch does not have"
+            )
+    return dict(answer)
+
+
+def _a_form(found: object, method: str) -> WeightForm:
+    if not isinstance(found, WeightForm):
+        raise TypeError(f"{method} returned {found!r:.80}, which is no kvpage.api.quant.WeightForm")
+    return found
+
+
 @contextmanager
-def _blamed(scheme: QuantScheme, linear: LinearSpec) -> Iterator[None]:
+def _blamed(scheme: QuantScheme | None, linear: LinearSpec) -> Iterator[None]:
     """Faults of a scheme's own code name the scheme and what it was given."""
     try:
         yield

@@ -48,7 +48,7 @@ class Decoder:
         self._final_norm = build_norm(spec.final_norm, weights, "final_norm")
         # A tied head has a weight of its own only where the checkpoint's differs from the embedding.
         head = weights["head.weight" if "head.weight" in weights else "embed.weight"]
-        self._head = make_kernel(head, dense(weights["head.bias"]) if spec.head.bias else None, env)
+        self._head = make_kernel(head, dense(weights["head.bias"]) if spec.head.bias else None, env, "head")
         self._scale, self._softcap = spec.head.scale, spec.head.softcap
 
     def forward(self, token_ids: torch.Tensor, positions: torch.Tensor, ctx: StepContext) -> torch.Tensor:

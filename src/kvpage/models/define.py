@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
-from kvpage.api.model import ModelDefinition
+from kvpage.api.model import DecoderSpec, ModelDefinition
 from kvpage.config import EngineOptions, resolve_context
-from kvpage.errors import CheckpointError
+from kvpage.errors import CheckpointError, KvpageError, PluginError
+from kvpage.models.checking import check_definition
 from kvpage.models.hf_config import HFConfig
 
 if TYPE_CHECKING:
@@ -16,23 +17,49 @@ if TYPE_CHECKING:
 
 
 def define(
-    translate: Callable[..., object], config: HFConfig, options: EngineOptions
+    family: str, translate: Callable[..., object], config: HFConfig, options: EngineOptions
 ) -> tuple[ModelDefinition, int]:
-    """(the model, its own context length), by a family's ``translate``.
+    """(the model, its own context length), by the ``translate`` of the family of that name.
 
     Twice, because rope frequencies may be fixed for ``max_model_len``, whose limit only the family can tell.
 
     Raises:
         CheckpointError: the config has a value that kvpage cannot run.
         ConfigError: ``max_model_len`` is beyond the model's context.
+        PluginError: the family fails, or its definition contradicts itself.
     """
-    context = cast(ModelDefinition, translate(config, max_model_len=None)).spec.max_position
+    context = _translated(family, translate, config, None).spec.max_position
     max_model_len, _ = resolve_context(options, context)
-    return cast(ModelDefinition, translate(config, max_model_len=max_model_len)), context
+    definition = _translated(family, translate, config, max_model_len)
+    check_definition(family, definition)
+    return definition, context
+
+
+def _translated(
+    family: str, translate: Callable[..., object], config: HFConfig, max_model_len: int | None
+) -> ModelDefinition:
+    try:
+        found = translate(config, max_model_len=max_model_len)
+    except (KvpageError, MemoryError):
+        raise
+    except Exception as error:  # a plugin's code may raise anything
+        raise PluginError(
+            f"model family {family!r} fails on {config.source} ({type(error).__name__}: {error}): repair its plugin, "
+            "or leave it out"
+        ) from error
+    if not isinstance(found, ModelDefinition) or not isinstance(found.spec, DecoderSpec):
+        raise PluginError(
+            f"model family {family!r} returned {found!r:.80}, which is no kvpage.api.model.ModelDefinition with a "
+            "DecoderSpec"
+        )
+    context = found.spec.max_position
+    if type(context) is not int or context < 1:
+        raise PluginError(f"model family {family!r}: max_position is {context!r:.80}, no number of tokens")
+    return found
 
 
 def choose_path(
-    find_family: Callable[[tuple[str, ...]], Callable[..., object]],
+    find_family: Callable[[tuple[str, ...]], tuple[str, Callable[..., object]]],
     config: HFConfig,
     options: EngineOptions,
     *,
@@ -41,22 +68,24 @@ def choose_path(
 ) -> tuple[ModelDefinition | FallbackDefinition, int]:
     """(the model, its own context length): by the family of its architecture; else through transformers.
 
-    ``options.model_impl`` may ask for one of the two. ``find_family`` raises CheckpointError where there is none.
+    ``options.model_impl`` may ask for one of the two. ``find_family`` gives a family's name and its function, or
+    raises CheckpointError where there is none.
 
     Raises:
         CheckpointError: neither path runs it; the message has the reason of each.
         ConfigError: ``max_model_len`` is beyond the model's context.
+        PluginError: the family fails, or its definition contradicts itself.
     """
     no_family = ""
     if options.model_impl != "transformers":
         try:
-            translate = find_family(config.architectures)
+            family, translate = find_family(config.architectures)
         except CheckpointError as unknown:
             if options.model_impl == "kvpage":
                 raise
             no_family = str(unknown)
         else:
-            return define(translate, config, options)
+            return define(family, translate, config, options)
     return _define_fallback(config, options, folder, module, no_family)
 
 

@@ -16,7 +16,15 @@ import torch
 import torch.nn.functional as F
 
 from kvpage.api.model import DecoderEnv
-from kvpage.api.quant import Dense, LinearEnv, LinearKernel, WeightForm, adjacent
+from kvpage.api.quant import (
+    Dense,
+    LinearChoice,
+    LinearEnv,
+    LinearKernel,
+    LinearRefusal,
+    WeightForm,
+    adjacent,
+)
 from kvpage.errors import PluginError
 
 MIN_ROWS_ONEDNN = 2
@@ -105,7 +113,7 @@ class FusedLinear:
 def build_linear(weights: Mapping[str, WeightForm], name: str, env: DecoderEnv) -> LinearKernel:
     """The linear layer whose weight is ``name.weight``, with ``name.bias`` where the model has one."""
     bias = weights.get(f"{name}.bias")
-    return make_kernel(weights[f"{name}.weight"], None if bias is None else dense(bias), env)
+    return make_kernel(weights[f"{name}.weight"], None if bias is None else dense(bias), env, name)
 
 
 def build_fused(weights: Mapping[str, WeightForm], names: Sequence[str], env: DecoderEnv) -> FusedLinear:
@@ -121,32 +129,81 @@ def build_fused(weights: Mapping[str, WeightForm], names: Sequence[str], env: De
         bias = adjacent(biases)
         if bias is None:
             bias = torch.cat(biases)
-    return FusedLinear([make_kernel(merged, bias, env)], sizes)
+    others = (name.rpartition(".")[2] for name in names[1:])
+    return FusedLinear([make_kernel(merged, bias, env, ", ".join([names[0], *others]))], sizes)
 
 
-def make_kernel(form: WeightForm, bias: torch.Tensor | None, env: DecoderEnv) -> LinearKernel:
+def make_kernel(
+    form: WeightForm, bias: torch.Tensor | None, env: DecoderEnv, name: str = "weight"
+) -> LinearKernel:
     """The first kernel of ``env`` that supports ``form``, prepared; the plain one is tried last.
+
+    One that fails, or does not give one row of the weight's outputs for one row, is passed over for the next.
+    ``name``: of the weight, for messages.
 
     Raises:
         PluginError: none does; the message has every kernel's reasons.
     """
     where = LinearEnv(device=torch.device(env.device).type, dtype=env.dtype)
-    refused = []
+    refused: list[LinearRefusal] = []
+    found: LinearKernel | None = None
     kinds: list[type[LinearKernel]] = list(dict.fromkeys((*env.linear_kernels, DenseLinear)))
     for kind in kinds:
         try:
-            reasons = kind.supports(form, where)
+            reasons, broken = _refusal(kind, form, where), False
+            if not reasons:
+                kernel = kind(where)
+                kernel.prepare(form, bias)
+                reasons = _try(kernel, form, env)
+                broken = bool(reasons)
+                if not broken:
+                    found = kernel
+                    break
+        except (MemoryError, OSError):
+            raise
         except Exception as error:  # foreign code; the next one may do
-            reasons = [f"supports() raised {type(error).__name__}: {error}"]
-        if not reasons:
-            kernel = kind(where)
-            kernel.prepare(form, bias)
-            return kernel
-        refused.append(f"{kind.name}: {'; '.join(reasons)}")
-    raise PluginError(
-        f"no linear kernel computes {type(form).__name__} weights on {where.device} in {where.dtype}: "
-        f"{' | '.join(refused)}. Install a plugin that does, or use a checkpoint of another format."
+            reasons, broken = [f"it raised {type(error).__name__}: {error}"], True
+        refused.append(LinearRefusal(kernel=kind, reasons=tuple(reasons), broken=broken))
+    if env.on_linear is not None:
+        env.on_linear(
+            LinearChoice(
+                weight=name,
+                form=type(form).__name__,
+                kernel=None if found is None else type(found),
+                refused=tuple(refused),
+            )
+        )
+    if found is not None:
+        return found
+    lines = " | ".join(
+        f"{getattr(r.kernel, 'name', r.kernel.__name__)}: {'; '.join(r.reasons)}" for r in refused
     )
+    raise PluginError(
+        f"{name}: no linear kernel computes {type(form).__name__} weights on {where.device} in {where.dtype}: "
+        f"{lines}. Install a plugin that does, or use a checkpoint of another format."
+    )
+
+
+def _refusal(kind: type[LinearKernel], form: WeightForm, where: LinearEnv) -> list[str]:
+    """Why ``kind`` does not compute ``form``; empty if it does."""
+    reasons = kind.supports(form, where)
+    if not isinstance(reasons, (list, tuple)):
+        raise TypeError(f"supports() returned {reasons!r:.80}, no list of reasons")
+    return [str(reason) for reason in reasons]
+
+
+def _try(kernel: LinearKernel, form: WeightForm, env: DecoderEnv) -> list[str]:
+    """What is wrong with the shape or dtype of what one row gives. The plain product is not in question."""
+    if type(kernel) is DenseLinear:
+        return []
+    dtype: torch.dtype = getattr(torch, env.dtype)
+    with torch.inference_mode():
+        out = kernel.forward(torch.zeros((1, form.shape[1]), dtype=dtype, device=env.device))
+    expected = (1, form.shape[0])
+    if not isinstance(out, torch.Tensor) or (tuple(out.shape), out.dtype) != (expected, dtype):
+        got = f"{list(out.shape)}, {out.dtype}" if isinstance(out, torch.Tensor) else repr(out)[:80]
+        return [f"forward() of one row gave {got}, expected {list(expected)}, {dtype}"]
+    return []
 
 
 def dense(form: WeightForm) -> torch.Tensor:

@@ -83,7 +83,7 @@ def _build_router(
     if not spec.float32_router:
         return build_linear(weights, name, env)
     weight = dense(weights[f"{name}.weight"]).float()
-    return make_kernel(Dense(weight), None, replace(env, dtype="float32"))
+    return make_kernel(Dense(weight), None, replace(env, dtype="float32"), name)
 
 
 def _within_best_groups(ranks: torch.Tensor, groups: ExpertGroups) -> torch.Tensor:

@@ -28,7 +28,7 @@ from kvpage.api.records import (
 )
 from kvpage.errors import PluginError
 from kvpage.plugins.discovery import BROKEN, Found
-from kvpage.plugins.selection import load, unavailable
+from kvpage.plugins.factories import load, unavailable
 
 HOOKS: Mapping[str, type[Record]] = {
     "kvpage_attention_backends": AttentionBackendRecord,

@@ -8,6 +8,7 @@ import importlib.metadata
 import os
 import re
 import sys
+import traceback
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from types import ModuleType
@@ -25,6 +26,9 @@ GIVEN = "given to PluginRegistry"
 VARIABLE = "KVPAGE_PLUGINS"
 BROKEN = (Exception, SystemExit)
 """What foreign code may raise, at import or in a hook, without taking the host down."""
+
+OWN_FOLDER = os.path.join(os.path.dirname(kvpage.__file__), "")
+IMPORT_MACHINERY = frozenset({importlib.__file__, importlib.metadata.__file__})
 
 MODULE_NAME = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*")
 API_NUMBERS = re.compile(r"(\d{1,6})\.(\d{1,6})", re.ASCII)
@@ -89,13 +93,33 @@ class ResolvedPlugins:
 
 
 def describe(error: BaseException) -> str:
-    """An error as a reason: its type too, where it is not kvpage's own."""
+    """An error as a reason, in one line: of one that is not kvpage's own its type, and where foreign code raised it."""
     if isinstance(error, PluginError):
         return str(error)
-    text = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+    text = _first_line(str(error))
+    text = f"{type(error).__name__}: {text}" if text else type(error).__name__
+    place = _raised_at(error)
+    if place:
+        text += f", at {place}"
     if isinstance(error, ImportError) and (error.name or "").partition(".")[0] == PROJECT:
         text += f"; it may need another kvpage than this one ({kvpage.__version__}): pip install -U kvpage"
     return text
+
+
+def _first_line(text: str) -> str:
+    """The first line with anything in it; " ..." says that there are more."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return "".join(lines[:1]) + (" ..." if len(lines) > 1 else "")
+
+
+def _raised_at(error: BaseException) -> str:
+    """ "file:line" of the innermost frame that is neither kvpage's nor of the import machinery, "" without one."""
+    frames = traceback.extract_tb(error.__traceback__)
+    for frame in reversed(frames):
+        inner = frame.filename.startswith((OWN_FOLDER, "<frozen ")) or frame.filename in IMPORT_MACHINERY
+        if not inner:
+            return f"{frame.filename}:{frame.lineno}"
+    return ""
 
 
 def find_plugins(plugins: Iterable[object], *, entry_points: bool, selection: str | None) -> list[Found]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from types import NoneType
 from typing import TypeVar, cast
 
 from kvpage.api.attention import AttentionNeed
@@ -34,7 +35,8 @@ from kvpage.plugins.discovery import (
     find_plugins,
     find_resolved,
 )
-from kvpage.plugins.selection import BackendChoice, DecoderChoice, choose_attention, choose_decoder
+from kvpage.plugins.factories import load
+from kvpage.plugins.selection import BackendChoice, DecoderChoice, Trial, choose_attention, choose_decoder
 
 R = TypeVar("R", bound=Record)
 Prioritized = TypeVar("Prioritized", AttentionBackendRecord, DecoderBackendRecord, LinearKernelRecord)
@@ -58,7 +60,7 @@ class PluginRegistry:
 
     Raises:
         PluginError: in strict mode, a broken plugin or item of the selection; always, ``selection`` without
-            ``entry_points``, or ``plugins`` that is no list.
+            ``entry_points``, ``plugins`` that is no list, or an argument of another type.
     """
 
     def __init__(
@@ -69,6 +71,11 @@ class PluginRegistry:
         selection: str | None = None,
         strict: bool = False,
     ) -> None:
+        for option, value in (("entry_points", entry_points), ("strict", strict)):
+            if not isinstance(value, bool):
+                raise PluginError(f"{option} must be True or False, got {value!r:.80}")
+        if not isinstance(selection, (str, NoneType)):
+            raise PluginError(f"selection must be text such as '-name,+name', got {selection!r:.80}")
         if selection is not None and not entry_points:
             raise PluginError(
                 f"selection={selection!r} chooses among installed plugins, and entry_points=False leaves them all "
@@ -81,8 +88,12 @@ class PluginRegistry:
         """A registry with exactly the plugins of ``resolved``, whatever is installed here or in the environment.
 
         Raises:
-            PluginError: one of them cannot be imported, or is broken here.
+            PluginError: one of them cannot be imported, or is broken here; or it is not what ``resolved`` gives.
         """
+        if not isinstance(resolved, ResolvedPlugins) or not all(
+            isinstance(plugin, ResolvedPlugin) for plugin in resolved.plugins
+        ):
+            raise PluginError(f"from_resolved takes what resolved() gave, got {resolved!r:.80}")
         registry = cls.__new__(cls)
         registry._take(find_resolved(resolved), strict=True)
         return registry
@@ -123,6 +134,8 @@ class PluginRegistry:
         Raises:
             PluginError: there is no such hook.
         """
+        if not isinstance(hook, str):
+            raise PluginError(f"a hook is named by text, such as 'kvpage_models', got {hook!r:.80}")
         if hook not in HOOKS and hook not in self._collection.added:
             lost = self._collection.lost.get(hook)
             raise PluginError(lost or f"{hook} is no hook that registers; {self._collection.nearest(hook)}")
@@ -191,15 +204,39 @@ class PluginRegistry:
             f"{', '.join(sorted(by_architecture))}. A plugin can add it through the hook kvpage_models"
         )
 
-    def select_attention_backend(self, need: AttentionNeed, explicit: str | None = None) -> BackendChoice:
+    def find_family(self, architectures: Sequence[str]) -> tuple[str, Callable[..., object]]:
+        """(name of the family for ``architectures``, what translates a config).
+
+        Raises:
+            CheckpointError: as ``model_for``.
+            PluginError: it cannot be imported, or is no function.
+        """
+        record = self.model_for(architectures)
+        translate = load(record)
+        if not callable(translate):
+            raise PluginError(
+                f"model family {record.name!r}: {record.factory} is {translate!r:.80}, no function"
+            )
+        return record.name, translate
+
+    def select_attention_backend(
+        self, need: AttentionNeed, explicit: str | None = None, trial: Trial | None = None
+    ) -> BackendChoice:
         """The backend named, or an error; else the one that a plugin's ``kvpage_select_attention_backend`` takes of
         those that can serve ``need``; else the first of them, in order of preference.
 
+        Args:
+            trial: makes a backend as the engine will, and raises PluginError where that fails; such a one is
+                passed over.
+
         Raises:
             ConfigError: the named backend is unknown or lacks something, or no backend is left.
+            PluginError: the named backend is defective.
         """
         asked = any(SELECT in member.hooks for member in self._collection.members)
-        return choose_attention(self.attention_backends(), need, explicit, self._opinion if asked else None)
+        return choose_attention(
+            self.attention_backends(), need, explicit, self._opinion if asked else None, trial
+        )
 
     def select_decoder(
         self,
@@ -209,15 +246,17 @@ class PluginRegistry:
         *,
         decoder_backend: str | None = None,
         attention_backend: str | None = None,
+        trial: Trial | None = None,
     ) -> DecoderChoice:
         """A decoder backend for ``spec`` together with the attention backend that it works with.
 
         Raises:
             ConfigError: a named backend is unknown or cannot serve, or no attention backend is left.
+            PluginError: a named backend is defective.
         """
         return choose_decoder(
             self.decoder_backends(),
-            lambda name: self.select_attention_backend(need, name),
+            lambda name: self.select_attention_backend(need, name, trial),
             spec,
             env,
             explicit=decoder_backend,

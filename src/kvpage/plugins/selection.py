@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import fnmatch
-import importlib
-import importlib.machinery
-import importlib.util
-import sys
+import inspect
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
-from kvpage.api.attention import AttentionBackend, AttentionNeed
+from kvpage.api.attention import AttentionBackend, AttentionCaps, AttentionNeed
 from kvpage.api.decoder import DecoderBackend, Reasons
 from kvpage.api.model import DecoderEnv, DecoderSpec
 from kvpage.api.quant import LinearKernel
@@ -21,9 +18,10 @@ from kvpage.api.records import (
     CheckpointReaderRecord,
     DecoderBackendRecord,
     LinearKernelRecord,
-    Record,
 )
 from kvpage.errors import ConfigError, KvpageError, PluginError
+from kvpage.plugins.discovery import describe
+from kvpage.plugins.factories import load_class, unavailable
 
 if TYPE_CHECKING:
     from kvpage.api.model import CausalLM
@@ -33,71 +31,11 @@ Rejected: TypeAlias = tuple[tuple[str, tuple[str, ...]], ...]
 """(name, reasons) of each that was asked before the one that was taken, in their order."""
 Opinion: TypeAlias = Callable[[AttentionNeed, Sequence[str]], tuple[str | None, str, list[str]]]
 """(need, candidates) -> (one of them or ``None``, which plugin says so, answers that were ignored and why)."""
+Trial: TypeAlias = Callable[[AttentionBackendRecord, type[AttentionBackend], int], None]
+"""(record, its class, block size): makes it as an engine would, and raises PluginError where that fails."""
 
 SAFETENSORS = "safetensors"
 DUMMY = "dummy"
-
-
-def load(record: Record) -> Any:
-    """What a record's factory names.
-
-    Raises:
-        PluginError: something it needs is not installed, the module cannot be imported, or lacks the name.
-    """
-    needs = unavailable(record)
-    if needs:
-        raise PluginError(f"{record.name} {needs}")
-    module, _, name = record.factory.partition(":")
-    try:
-        return getattr(importlib.import_module(module), name)
-    except (Exception, SystemExit) as error:  # importing foreign code may raise anything
-        raise PluginError(f"{record.name}: {record.factory} cannot be imported: {error}") from error
-
-
-def load_class(record: Record, base: type[Any]) -> Any:
-    """The class that a record's factory names.
-
-    Raises:
-        PluginError: as ``load``; or it is no subclass of ``base``.
-    """
-    found = load(record)
-    if not (isinstance(found, type) and issubclass(found, base)):
-        raise PluginError(
-            f"{record.name}: {record.factory} is no subclass of {base.__module__}.{base.__name__}"
-        )
-    return found
-
-
-def unavailable(record: Record) -> str:
-    """ "needs ..." where a module that the record needs is not installed, else "". Nothing is imported."""
-    missing = [name for name in record.needs if not _is_installed(name)]
-    if not missing:
-        return ""
-    return f"needs {record.install or ', '.join(missing) + ', which is not installed'}"
-
-
-def _is_installed(module: str) -> bool:
-    """Whether ``module`` can be found, without importing the packages that it lies in."""
-    if sys.modules.get(module) is not None:
-        return True
-    path: Sequence[str] | None = None
-    parts = module.split(".")
-    try:
-        for end in range(1, len(parts) + 1):
-            name = ".".join(parts[:end])
-            spec = (
-                importlib.util.find_spec(name)
-                if end == 1
-                else importlib.machinery.PathFinder.find_spec(name, path)
-            )
-            if spec is None:
-                return False
-            path = spec.submodule_search_locations
-            if path is None and end < len(parts):
-                return False
-    except (ImportError, ValueError):
-        return False
-    return True
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +45,7 @@ class BackendChoice:
     Attributes:
         why: "given", "by priority", "chosen by plugin ...".
         ignored: what plugins answered when asked which to take, and why that was not followed.
+        broken: those of ``rejected`` that are defective, where others merely lack what is needed.
     """
 
     record: AttentionBackendRecord
@@ -115,6 +54,7 @@ class BackendChoice:
     rejected: Rejected
     why: str = "given"
     ignored: tuple[str, ...] = ()
+    broken: frozenset[str] = frozenset()
 
     @property
     def reason(self) -> str:
@@ -137,12 +77,14 @@ class DecoderCandidate:
 
 @dataclass(frozen=True, slots=True)
 class BuiltDecoder:
-    """A model, the decoder backend that built it, and why; ``rejected`` has all that were asked before it."""
+    """A model, the decoder backend that built it, and why; ``rejected`` has all that were asked before it, and
+    ``broken`` those of them that are defective."""
 
     model: CausalLM
     record: DecoderBackendRecord
     rejected: Rejected
     why: str
+    broken: frozenset[str] = frozenset()
 
     @property
     def reason(self) -> str:
@@ -154,13 +96,14 @@ class BuiltDecoder:
 class DecoderChoice:
     """Decoder backends that may build a model, in order, all over the same attention backend.
 
-    ``rejected``: those that cannot, known before a weight is read.
+    ``rejected``: those that cannot, known before a weight is read; ``broken``: which of these are defective.
     """
 
     candidates: tuple[DecoderCandidate, ...]
     attention: BackendChoice
     rejected: Rejected
     why: str = "given"
+    broken: frozenset[str] = frozenset()
 
     @property
     def record(self) -> DecoderBackendRecord:
@@ -189,7 +132,7 @@ class DecoderChoice:
             KvpageError: what the last one raised, if that is one of kvpage's errors.
             PluginError: the last one raised anything else.
         """
-        rejected = list(self.rejected)
+        rejected, broken = list(self.rejected), set(self.broken)
         for candidate in self.candidates:
             last = candidate is self.candidates[-1]
             try:
@@ -202,18 +145,18 @@ class DecoderChoice:
                 if last:
                     raise PluginError(
                         f"decoder backend {candidate.record.name!r} cannot build {spec.family} "
-                        f"({type(error).__name__}: {error}): leave its plugin out or repair it"
+                        f"({describe(error)}): leave its plugin out or repair it"
                     ) from error
-                reasons: tuple[str, ...] = (f"{type(error).__name__}: {error}",)
+                reasons: tuple[str, ...] = (describe(error),)
             else:
-                if callable(getattr(found, "forward", None)) and not isinstance(found, Reasons):
-                    return BuiltDecoder(found, candidate.record, tuple(rejected), self.why)
-                reasons = (
-                    found.texts
-                    if isinstance(found, Reasons)
-                    else (f"build() returned {found!r:.80}, no model",)
-                )
-            rejected.append((candidate.record.name, tuple(reasons) or ("it gave no reason",)))
+                if isinstance(found, Reasons):
+                    rejected.append((candidate.record.name, tuple(found.texts) or ("it gave no reason",)))
+                    continue
+                if callable(getattr(found, "forward", None)):
+                    return BuiltDecoder(found, candidate.record, tuple(rejected), self.why, frozenset(broken))
+                reasons = (f"build() returned {found!r:.80}, no model",)
+            broken.add(candidate.record.name)
+            rejected.append((candidate.record.name, reasons))
         raise ConfigError(f"no decoder backend can run this model: {'; '.join(no_lines(tuple(rejected)))}")
 
 
@@ -245,12 +188,14 @@ def choose_attention(
     need: AttentionNeed,
     explicit: str | None = None,
     opinion: Opinion | None = None,
+    trial: Trial | None = None,
 ) -> BackendChoice:
     """The backend named, or an error; else what ``opinion`` says of those that can serve ``need``; else the first
-    in the order of ``records``.
+    in the order of ``records``. One that ``trial`` cannot make is passed over.
 
     Raises:
         ConfigError: the named backend is unknown or lacks something, or no backend is left.
+        PluginError: the named backend is defective.
     """
     if explicit is not None:
         known = ", ".join(record.name for record in records)
@@ -258,28 +203,65 @@ def choose_attention(
         if not records:
             raise ConfigError(f"attention_backend={explicit!r} is not registered; known: {known}")
     rejected: list[tuple[str, tuple[str, ...]]] = []
+    broken: set[str] = set()
     fit: list[BackendChoice] = []
     for record in records:
         try:
-            backend = load_class(record, AttentionBackend)
-            reasons = backend.caps.missing(need)
-            size = need.block_size or backend.caps.preferred_block_size
-        except Exception as error:  # caps are foreign code
-            reasons = [str(error) if isinstance(error, PluginError) else f"{type(error).__name__}: {error}"]
-        if reasons:
+            found, reasons = _attention_candidate(record, need, trial)
+        except PluginError as error:
+            if explicit is not None:
+                raise
+            found, reasons = None, [str(error)]
+            if not unavailable(record):
+                broken.add(record.name)
+        if found is None or reasons:
             rejected.append((record.name, tuple(reasons)))
             continue
         why = "by priority" if explicit is None else "given"
-        fit.append(BackendChoice(record, backend, size, tuple(rejected), why))
+        fit.append(replace(found, rejected=tuple(rejected), why=why, broken=frozenset(broken)))
         if explicit is not None or opinion is None:
             return fit[0]
     if not fit:
-        lines = "; ".join(f"{name} lacks {', '.join(reasons)}" for name, reasons in rejected)
-        raise ConfigError(f"no attention backend can serve this engine: {lines}")
+        who = (
+            "no attention backend can serve this engine"
+            if explicit is None
+            else f"attention_backend={explicit!r} cannot serve this engine"
+        )
+        lines = "".join(f"\n  {name}: {'; '.join(reasons)}" for name, reasons in rejected)
+        raise ConfigError(f"{who}:{lines}")
     assert opinion is not None
     answer, plugin, ignored = opinion(need, tuple(choice.record.name for choice in fit))
     choice = _preferred(fit, answer, plugin)
-    return replace(choice, rejected=tuple(rejected) + choice.rejected, ignored=tuple(ignored))
+    return replace(
+        choice,
+        rejected=tuple(rejected) + choice.rejected,
+        ignored=tuple(ignored),
+        broken=frozenset(broken),
+    )
+
+
+def _attention_candidate(
+    record: AttentionBackendRecord, need: AttentionNeed, trial: Trial | None
+) -> tuple[BackendChoice | None, list[str]]:
+    """(the choice of ``record``, why not).
+
+    Raises:
+        PluginError: it cannot be imported, states no proper caps, or cannot be made.
+    """
+    backend = load_class(record, AttentionBackend)
+    caps = getattr(backend, "caps", None)
+    if not isinstance(caps, AttentionCaps):
+        raise PluginError(f"{record.name}: its caps are {caps!r:.80}, no kvpage.api.attention.AttentionCaps")
+    try:
+        reasons = caps.missing(need)
+        size = need.block_size or caps.preferred_block_size
+    except Exception as error:  # what foreign code put into its caps
+        raise PluginError(f"{record.name}: its caps cannot be read ({describe(error)})") from error
+    if reasons:
+        return None, reasons
+    if trial is not None:
+        trial(record, backend, size)
+    return BackendChoice(record, backend, size, ()), []
 
 
 def _preferred(fit: Sequence[BackendChoice], answer: str | None, plugin: str) -> BackendChoice:
@@ -317,10 +299,13 @@ def choose_decoder(
         if not records:
             raise ConfigError(f"decoder_backend={explicit!r} is not registered; known: {known}")
     rejected: list[tuple[str, tuple[str, ...]]] = []
+    broken: set[str] = set()
     candidates: list[DecoderCandidate] = []
     chosen: BackendChoice | None = None
     for record in records:
         backend, reasons = _willing(record, spec, env)
+        if backend is None and not unavailable(record):
+            broken.add(record.name)
         if backend is not None and not reasons:
             paired = backend.attention
             if paired is None:
@@ -332,35 +317,42 @@ def choose_decoder(
             elif chosen is None:
                 try:
                     chosen = choose(paired)
-                except ConfigError as error:
-                    reasons = [f"its attention backend {paired} does not serve: {error}"]
+                except (ConfigError, PluginError) as error:
+                    reasons = [
+                        f"its attention backend {paired} does not serve: {' '.join(str(error).split())}"
+                    ]
         if backend is None or reasons:
             rejected.append((record.name, tuple(reasons)))
         else:
             candidates.append(DecoderCandidate(record, backend))
     if chosen is None or not candidates:
         lines = "; ".join(f"{name}: {', '.join(reasons)}" for name, reasons in rejected)
-        raise ConfigError(
+        raise (PluginError if explicit in broken else ConfigError)(
             f"no decoder backend can run this model: {lines}"
             if explicit is None
             else f"decoder_backend={explicit!r} cannot run this model: {lines}; leave it out to take another"
         )
-    return DecoderChoice(
-        tuple(candidates), chosen, tuple(rejected), "by priority" if explicit is None else "given"
-    )
+    why = "by priority" if explicit is None else "given"
+    return DecoderChoice(tuple(candidates), chosen, tuple(rejected), why, frozenset(broken))
 
 
 def _willing(
     record: DecoderBackendRecord, spec: DecoderSpec, env: DecoderEnv
 ) -> tuple[type[DecoderBackend] | None, list[str]]:
-    """(the class, why it refuses ``spec``)."""
+    """(the class, why it refuses ``spec``); no class where it is defective."""
     try:
         backend = load_class(record, DecoderBackend)
+        if inspect.isabstract(backend):
+            return None, [f"{record.factory} is abstract: it lacks {_names(backend.__abstractmethods__)}"]
         return backend, [str(reason) for reason in backend.refuses(spec, env)]
     except PluginError as error:
         return None, [str(error)]
     except Exception as error:  # foreign code
-        return None, [f"refuses() raised {type(error).__name__}: {error}"]
+        return None, [f"refuses() raised {describe(error)}"]
+
+
+def _names(names: Collection[str]) -> str:
+    return ", ".join(sorted(names))
 
 
 def choose_reader(records: Sequence[CheckpointReaderRecord], load_format: str, path: Path) -> ReaderChoice:
@@ -400,13 +392,21 @@ def claimed(record: CheckpointReaderRecord, names: Collection[str]) -> str | Non
     return next((n for n in names for pattern in record.files if fnmatch.fnmatchcase(n, pattern)), None)
 
 
-def choose_kernels(records: Sequence[LinearKernelRecord]) -> tuple[tuple[type[LinearKernel], ...], Rejected]:
-    """(the classes of all linear kernels in the order of ``records``, those that cannot be had and why)."""
-    kernels: list[type[LinearKernel]] = []
+def choose_kernels(
+    records: Sequence[LinearKernelRecord],
+) -> tuple[dict[str, type[LinearKernel]], Rejected]:
+    """(the classes of all linear kernels by name, in the order of ``records``; those that cannot be had and why)."""
+    kernels: dict[str, type[LinearKernel]] = {}
     rejected: list[tuple[str, tuple[str, ...]]] = []
     for record in records:
         try:
-            kernels.append(load_class(record, LinearKernel))
+            kernel = load_class(record, LinearKernel)
+            if inspect.isabstract(kernel):
+                raise PluginError(
+                    f"{record.factory} is abstract: it lacks {_names(kernel.__abstractmethods__)}"
+                )
         except PluginError as error:
             rejected.append((record.name, (str(error),)))
-    return tuple(kernels), tuple(rejected)
+        else:
+            kernels[record.name] = kernel
+    return kernels, tuple(rejected)

@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from kvpage.api.attention import AttentionBackend, AttentionBatch, AttentionEnv, AttentionLayer, Rope
+from kvpage.api.attention import AttentionBackend, AttentionBatch, AttentionLayer, Rope
 from kvpage.api.decoder import KVGroupStep
-from kvpage.api.kv import BlockCopy
+from kvpage.api.kv import BlockCopy, KVLayout
 from kvpage.api.model import AttentionSpec, PagedModelSpec, RopeSpec
 
 
@@ -27,7 +27,8 @@ class KVStore:
     """KV tensors of every group.
 
     Args:
-        spec: the model. backend: the chosen backend class. env: makes the AttentionEnv of (group index).
+        spec: the model.
+        backend: makes the backend of (group index), and its layout.
         allocate: (shape, torch dtype) -> zeroed tensor of the engine's own memory.
         rope: builds the rotary tables of a RopeSpec.
     """
@@ -35,9 +36,8 @@ class KVStore:
     def __init__(
         self,
         spec: PagedModelSpec,
-        backend: type[AttentionBackend],
+        backend: Callable[[int], tuple[AttentionBackend, KVLayout]],
         *,
-        env: Callable[[int], AttentionEnv],
         allocate: Callable[[Sequence[int], torch.dtype], torch.Tensor],
         rope: Callable[[RopeSpec], Rope],
     ) -> None:
@@ -54,8 +54,8 @@ class KVStore:
 
         mixers = {(m.kv_group, m.kv_index): m for m in spec.attention}
         for index, group in enumerate(spec.kv_groups):
-            runtime = GroupRuntime(backend(env(index)), [], [], [])
-            layout = runtime.backend.kv_layout()
+            made, layout = backend(index)
+            runtime = GroupRuntime(made, [], [], [])
             dtype = getattr(torch, layout.dtype)
             for position in range(len(group.layers)):
                 mixer = mixers[index, position]
@@ -80,25 +80,29 @@ class KVStore:
             for tensor in group.tensors:
                 group.backend.copy_blocks(tensor, source, target)
 
-    def step(self, positions: torch.Tensor, batches: Sequence[AttentionBatch]) -> PagedContext:
-        """The context of one step; every backend plans it once."""
+    def step(self, rope_positions: torch.Tensor, batches: Sequence[AttentionBatch]) -> PagedContext:
+        """The context of one step, whose tokens turn by rows ``rope_positions`` int64 [T] of the rotary tables.
+
+        Every backend plans it once.
+        """
         plans = [group.backend.plan(batch) for group, batch in zip(self.groups, batches, strict=True)]
-        return PagedContext(self.groups, positions, batches, plans)
+        return PagedContext(self.groups, rope_positions, batches, plans)
 
 
 class PagedContext:
     """``kvpage.api.model.StepContext`` over paged KV."""
 
-    __slots__ = ("_batches", "_groups", "_plans", "_positions")
+    __slots__ = ("_batches", "_groups", "_plans", "_rope_positions")
 
     def __init__(
         self,
         groups: Sequence[GroupRuntime],
-        positions: torch.Tensor,
+        rope_positions: torch.Tensor,
         batches: Sequence[AttentionBatch],
         plans: Sequence[object],
     ) -> None:
-        self._groups, self._positions, self._batches, self._plans = groups, positions, batches, plans
+        self._groups, self._rope_positions = groups, rope_positions
+        self._batches, self._plans = batches, plans
 
     def attend(
         self,
@@ -113,7 +117,7 @@ class PagedContext:
         layer, kv = group.layers[index], group.tensors[index]
         if sinks is not None and layer.sinks is not sinks:
             layer = group.layers[index] = replace(layer, sinks=sinks)
-        q, _ = group.backend.rope_write(q, k, v, self._positions, group.ropes[index], kv, batch)
+        q, _ = group.backend.rope_write(q, k, v, self._rope_positions, group.ropes[index], kv, batch)
         out = torch.empty((q.shape[0], spec.num_heads, spec.v_head_dim), dtype=q.dtype, device=q.device)
         group.backend.attend(q, kv, layer, batch, self._plans[spec.kv_group], out)
         return out
@@ -121,5 +125,10 @@ class PagedContext:
     def group(self, index: int) -> KVGroupStep:
         group = self._groups[index]
         return KVGroupStep(
-            group.backend, self._batches[index], self._plans[index], group.tensors, group.ropes
+            group.backend,
+            self._batches[index],
+            self._plans[index],
+            group.tensors,
+            group.ropes,
+            self._rope_positions,
         )

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 
 from kvpage.api.sampling import LogitsProcessor
-from kvpage.errors import RequestError
+from kvpage.errors import KvpageError, RequestError
 from kvpage.params import SamplingParams
 
 logger = logging.getLogger(__name__)
@@ -43,8 +44,8 @@ class CustomProcessors:
         """A sequence starts on ``slot``; of ``output_ids``, generated before, its processors hear by ``advance``.
 
         Raises:
-            RequestError: no processor has that name, or it cannot be made.
-            Exception: whatever a processor raises. The slot is then as if never admitted.
+            RequestError: no processor has that name, it cannot be made, or it fails; its own RequestError as it is.
+                The slot is then as if never admitted.
         """
         for name in params.logits_processors:
             self._make(name)
@@ -54,9 +55,11 @@ class CustomProcessors:
         try:
             for name in names:
                 processor = self._processors[name]
-                processor.admit(slot, params, admission.prompt_ids)
+                with _blamed(name, "admit"):
+                    processor.admit(slot, params, admission.prompt_ids)
                 if admission.output_ids:
-                    processor.advance(slot, tuple(admission.output_ids))
+                    with _blamed(name, "advance"):
+                        processor.advance(slot, tuple(admission.output_ids))
         except BaseException:
             self.release(slot)
             raise
@@ -105,10 +108,15 @@ class CustomProcessors:
             try:
                 part = logits[index]
                 changed = processor.apply(part, [slot for _, slot in chosen])
+                if not isinstance(changed, torch.Tensor):
+                    raise TypeError(f"apply() returned {changed!r:.80}, expected the logits")
                 if changed.shape != part.shape:
                     raise ValueError(
                         f"apply() returned shape {tuple(changed.shape)}, expected {tuple(part.shape)}"
                     )
+                for place in _newly_nan(logits[index], changed):
+                    row = chosen[place][0]
+                    errors[row] = f"logits processor {name!r} wrote NaN into the logits: repair its plugin"
                 logits[index] = changed.to(logits)
             except Exception as error:
                 message = _failure(name, error)
@@ -136,13 +144,43 @@ class CustomProcessors:
                 f"no logits processor is named {name!r}; registered: {known}", param="logits_processors"
             )
         try:
-            self._processors[name] = factory()
+            made = factory()
         except Exception as error:
             raise RequestError(
                 f"logits processor {name!r} could not be made ({type(error).__name__}: {error}): "
                 "leave it out or repair its plugin",
                 param="logits_processors",
             ) from error
+        if not isinstance(made, LogitsProcessor):
+            raise RequestError(
+                f"logits processor {name!r} could not be made: {made!r:.80} is no "
+                "kvpage.api.sampling.LogitsProcessor; leave it out or repair its plugin",
+                param="logits_processors",
+            )
+        self._processors[name] = made
+
+
+@contextmanager
+def _blamed(name: str, method: str) -> Iterator[None]:
+    """Faults of a processor's own code name the processor and the method."""
+    try:
+        yield
+    except KvpageError:
+        raise
+    except Exception as error:
+        logger.warning("logits processor %r failed", name, exc_info=error)
+        raise RequestError(
+            f"logits processor {name!r} raised {type(error).__name__} in {method}: {error}"
+        ) from error
+
+
+def _newly_nan(before: torch.Tensor, after: torch.Tensor) -> list[int]:
+    """Rows [N, V] of ``after`` with a NaN that ``before`` has none in."""
+    damaged = after.isnan().any(1)
+    if not bool(damaged.any()):
+        return []
+    found: list[int] = (damaged & ~before.isnan().any(1)).nonzero().flatten().tolist()
+    return found
 
 
 def _failure(name: str, error: Exception) -> str:

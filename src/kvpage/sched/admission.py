@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from kvpage.api.scheduling import SchedulingPolicy
 from kvpage.cache.manager import BlockManager
-from kvpage.errors import ConfigError, QueueFullError, RequestError, TooLongError
+from kvpage.errors import ConfigError, KvpageError, QueueFullError, RequestError, TooLongError
 from kvpage.params import Params, PoolingParams
 from kvpage.sched.policy import FirstComeFirstServed
 from kvpage.sched.sequence import Request
@@ -28,6 +29,9 @@ class SchedulerConfig:
         max_num_queued_reqs: requests that may wait beyond those that the free slots can take at once.
         max_num_queued_tokens: prompt tokens that may wait; a single prompt may wait whatever its length.
         long_prefill_token_threshold: most prompt tokens of one sequence a step; 0 = no such limit.
+        policy_name: what messages call the policy.
+        rope_switch: known tokens beyond which a sequence is turned by the long rope, from its first position on;
+            ``None`` = the model has one rope. What was computed with the short one is then computed again.
 
     Raises:
         ConfigError: a limit is out of range.
@@ -40,6 +44,8 @@ class SchedulerConfig:
     max_num_queued_reqs: int | None = None
     max_num_queued_tokens: int | None = None
     long_prefill_token_threshold: int = 0
+    policy_name: str = "fcfs"
+    rope_switch: int | None = None
 
     def __post_init__(self) -> None:
         for name, least in (
@@ -125,6 +131,56 @@ def _never_fits(prompt: int, length: int, computed: int, capacity: int, block_si
         f"blocks ({capacity} tokens). {way_out}, or raise num_kv_blocks or kv_cache_memory.",
         param="max_tokens" if room > 0 else "prompt",
     )
+
+
+class PolicyKeys:
+    """Asks the policy for each request's key, and sees to it that all keys can be compared with each other."""
+
+    __slots__ = ("_kind", "_name", "_policy")
+
+    def __init__(self, config: SchedulerConfig) -> None:
+        self._policy, self._name = config.policy, config.policy_name
+        self._kind: type[object] | None = None
+
+    def ask(self, request: Request, others: Collection[Request]) -> Any:
+        """The key of ``request``, to lie among those of ``others``.
+
+        Raises:
+            RequestError: the policy fails, or gives a key that does not compare with those.
+        """
+        try:
+            key = self._policy.key(request)
+        except KvpageError:
+            raise
+        except Exception as error:  # foreign code
+            raise RequestError(
+                f"scheduling policy {self._name!r} failed on this request ({type(error).__name__}: {error}): take "
+                "another, or repair its plugin"
+            ) from error
+        kind = type(key)
+        if not others:
+            self._kind = kind
+        if kind is int and self._kind is int:
+            return key
+        known = [request.sequences[0].order[0] for request in others] or [key]
+        # Keys of one plain type compare with each other; of any other type, each pair might not.
+        for other in known[:1] if kind is self._kind and kind in (float, str, bool) else known:
+            self._check(key, other)
+        if kind is not self._kind:
+            self._kind = None
+        return key
+
+    def _check(self, key: Any, other: Any) -> None:
+        try:
+            ordered = bool(key == key) and (bool(key < other) + bool(other < key) + bool(key == other)) == 1
+        except Exception:  # foreign code
+            ordered = False
+        if not ordered:
+            against = "" if other is key else f" with {other!r:.80}, the key of another"
+            raise RequestError(
+                f"scheduling policy {self._name!r} gave this request the key {key!r:.80}, which cannot be ordered"
+                f"{against}: take another policy, or repair its plugin"
+            )
 
 
 class QueueLimits:

@@ -9,7 +9,7 @@ from collections.abc import Sequence as SequenceOf
 from kvpage.cache.manager import BlockManager
 from kvpage.errors import RequestError
 from kvpage.outputs import FinishReason
-from kvpage.sched.admission import QueueLimits, SchedulerConfig, longest_length
+from kvpage.sched.admission import PolicyKeys, QueueLimits, SchedulerConfig, longest_length
 from kvpage.sched.deadlines import Deadlines
 from kvpage.sched.invariants import check_sequences
 from kvpage.sched.plan import Admission, Fork, StepPlan, StepResult
@@ -42,7 +42,7 @@ class Scheduler:
         self.blocks = blocks
         self.preemptions = 0
         self._clock = clock
-        self._policy = config.policy
+        self._keys = PolicyKeys(config)
         self._limits = QueueLimits(config)
         self._deadlines = Deadlines()
         self._requests: dict[str, Request] = {}
@@ -101,9 +101,9 @@ class Scheduler:
                 param="request_id",
             )
         max_length = longest_length(request, self.config, self.blocks)
-        key = self._policy.key(request)
+        key = self._keys.ask(request, self._requests.values())
         self._limits.enter(request, len(self._queues.free_slots))
-        open_sequences(request, max_length, key, self._submitted, self.blocks)
+        open_sequences(request, max_length, key, self._submitted, self.blocks, self.config.rope_switch)
         self._submitted += 1
         self._requests[request.request_id] = request
         self._deadlines.add(request)
@@ -116,6 +116,8 @@ class Scheduler:
 
         Side effects, in this order:
 
+        0. Running sequences that outgrew ``config.rope_switch`` give back blocks and slot and wait, to be computed
+           again from their tokens: most get them back in 2.
         1. Running sequences, in policy order, get their tokens: one each for those that have computed all
            others, a chunk each of what the budget leaves for the rest. Where blocks are short, the last in
            policy order is preempted (it was not scheduled yet): blocks and slot are free at once, and it waits.
@@ -132,6 +134,11 @@ class Scheduler:
         running = self._queues.running
         if not running and not self._queues.waiting:
             return None
+        switch = self.config.rope_switch
+        if switch is not None:
+            for sequence in [s for s in running if s.outgrew(switch)]:
+                self._queues.requeue(sequence)
+                sequence.lengthen(self.blocks)
         step = Step(StepPlan(self._steps), [s for s in running if s.computed < s.writable])
         self._steps += 1
         budget = self.config.max_num_batched_tokens
@@ -211,6 +218,7 @@ class Scheduler:
                     request.seed,
                     sequence.index,
                     request.bad_word_ids,
+                    sequence.long_rope,
                 )
             )
             self._add_row(step, sequence, count)
