@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -51,7 +51,12 @@ class DenseContext:
 
     def _rope(self, spec: RopeSpec) -> Rope:
         if id(spec) not in self.ropes:
-            self.ropes[id(spec)] = build_rope(spec, len(self.positions), "cpu")
+            length = len(self.positions)
+            if spec.switch is None or length <= spec.switch:
+                self.ropes[id(spec)] = build_rope(spec, length, "cpu")
+            else:
+                both = build_rope(spec, length, "cpu", spec.switch)
+                self.ropes[id(spec)] = replace(both, cos=both.cos[spec.switch :], sin=both.sin[spec.switch :])
         return self.ropes[id(spec)]
 
 

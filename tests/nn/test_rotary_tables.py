@@ -84,13 +84,38 @@ def test_tables_equal_transformers_to_the_bit(name: str) -> None:
     assert torch.equal(rope.sin, sin[0, :, : HEAD_DIM // 2])
 
 
-@pytest.mark.parametrize(("name", "length"), [("dynamic", 1000), ("longrope", 200)])
-def test_frequencies_beyond_the_trained_length_are_those_of_max_model_len(name: str, length: int) -> None:
-    config = make_config(KINDS[name])
-    frequencies, factor = transformers.modeling_rope_utils.ROPE_INIT_FUNCTIONS[name](config, seq_len=length)
-    rope = build_rope(read_rope(HFConfig.from_object(config), HEAD_DIM, max_model_len=length), 2, "cpu")
+def test_dynamic_frequencies_beyond_the_trained_length_are_those_of_max_model_len() -> None:
+    config = make_config(KINDS["dynamic"])
+    frequencies, factor = transformers.modeling_rope_utils.ROPE_INIT_FUNCTIONS["dynamic"](
+        config, seq_len=1000
+    )
+    rope = build_rope(read_rope(HFConfig.from_object(config), HEAD_DIM, max_model_len=1000), 2, "cpu")
     assert torch.equal(rope.cos[1], frequencies.cos() * factor)
     assert torch.equal(rope.sin[1], frequencies.sin() * factor)
+
+
+@pytest.mark.parametrize("factor", [None, 1.7])
+@torch.inference_mode()
+def test_longrope_has_rows_of_short_sequences_and_then_those_of_long_ones(factor: float | None) -> None:
+    stated = {} if factor is None else {"attention_factor": factor}
+    config = make_config({**KINDS["longrope"], **stated})
+    rotary = transformers.models.llama.modeling_llama.LlamaRotaryEmbedding(config)
+    spec = read_rope(HFConfig.from_object(config), HEAD_DIM, max_model_len=200)
+    assert spec.switch == 64
+    rope = build_rope(spec, 200, "cpu", spec.switch)
+    assert rope.cos.shape == rope.sin.shape == (264, HEAD_DIM // 2)
+    for length, rows in ((64, slice(0, 64)), (65, slice(64, 129)), (200, slice(64, 264))):
+        cos, sin = rotary(torch.zeros(1, dtype=torch.float32), torch.arange(length)[None])
+        assert torch.equal(rope.cos[rows], cos[0, :, : HEAD_DIM // 2]), length
+        assert torch.equal(rope.sin[rows], sin[0, :, : HEAD_DIM // 2]), length
+
+
+def test_a_rope_of_one_kind_only_is_the_same_for_long_sequences() -> None:
+    spec = RopeSpec(kind="default", theta=1e4, rotary_dim=8)
+    assert spec.switch is None
+    rope, plain = build_rope(spec, 10, "cpu", 4), build_rope(spec, 10, "cpu")
+    assert torch.equal(rope.cos, torch.cat((plain.cos[:4], plain.cos)))
+    assert torch.equal(rope.sin, torch.cat((plain.sin[:4], plain.sin)))
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,11 @@ LONGROPE = {
     "rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0, 1.1, 1.3, 1.6, 2.0, 2.5],
     "long_factor": [1.0, 1.4, 2.0, 3.0, 4.5, 7.0],
 }  # fmt: skip
+LONGROPE_16 = {
+    "rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0 + 0.2 * i for i in range(8)],
+    "long_factor": [1.5 + 1.7 * i for i in range(8)],
+}  # fmt: skip
+"""For heads of 16 elements."""
 
 WINDOWS = ["sliding_attention", "full_attention", "sliding_attention"]
 
@@ -133,6 +138,10 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
             "tie_word_embeddings": True,
             "original_max_position_embeddings": 512,
         },
+    ),
+    "phi3, longrope crossed while generating": (
+        "Phi3ForCausalLM",
+        {"rope_parameters": LONGROPE_16, "sliding_window": 90, "original_max_position_embeddings": 64},
     ),
     "stablelm": ("StableLmForCausalLM", {"use_qkv_bias": True}),
     "stablelm, parallel": ("StableLmForCausalLM", {"use_parallel_residual": True, "num_key_value_heads": 1}),

@@ -40,7 +40,15 @@ def as_tensor(embeddings: list[array[float]]) -> torch.Tensor:
     return torch.tensor([list(embedding) for embedding in embeddings], dtype=torch.float64)
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma2, windows, soft caps", "qwen2, window on some layers"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "llama",
+        "gemma2, windows, soft caps",
+        "qwen2, window on some layers",
+        "phi3, longrope crossed while generating",
+    ],
+)
 def test_vectors_are_those_of_transformers_in_every_setting(
     name: str, make_model: Callable[..., tuple[Any, Path]]
 ) -> None:

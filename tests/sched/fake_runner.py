@@ -1,7 +1,8 @@
-"""A runner that keeps, instead of K and V, the tokens that a slot of a block was computed from.
+"""A runner that keeps, instead of K and V, the tokens that a slot of a block was computed from, and by which rope.
 
 It applies plans exactly as ``StepPlan`` says, and before a row computes anything it compares what the row's
-blocks hold with the sequence's own tokens: a stale prefix hit, a missed copy or a wrong fork fails right there.
+blocks hold with the sequence's own tokens: a stale prefix hit, a missed copy, a wrong fork or K and V of the other
+rope fails right there.
 """
 
 from __future__ import annotations
@@ -41,21 +42,23 @@ class Seat:
     stream: int
     wants_prompt_logprobs: bool
     tables: list[dict[int, int]]
+    long_rope: bool
     pooling: Pooling | None = None
     pooled: list[float] = field(default_factory=list)
 
 
 @dataclass
 class FakeRunner:
-    """Executes plans over fake memory: ``memory[group][block][offset]`` = tokens up to and with that position."""
+    """Executes plans over fake memory: ``memory[group][block, offset]`` = rope, tokens up to and with that position."""
 
     block_size: int
     groups: Sequence[GroupConfig]
     draw: Draw
     max_tokens: int
     max_slots: int
+    rope_switch: int | None = None
     seats: dict[int, Seat] = field(default_factory=dict)
-    memory: list[dict[tuple[int, int], tuple[int, ...]]] = field(default_factory=list)
+    memory: list[dict[tuple[int, int], tuple[bool, tuple[int, ...]]]] = field(default_factory=list)
     rows_seen: list[list[tuple[int, int, int]]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -84,7 +87,7 @@ class FakeRunner:
             for group in range(len(self.groups)):
                 for position in range(start, start + count):
                     index, offset = divmod(position, self.block_size)
-                    self.memory[group][self.seats[slot].tables[group][index], offset] = (-1,)
+                    self.memory[group][self.seats[slot].tables[group][index], offset] = (False, (-1,))
 
     def _seat(self, plan: StepPlan) -> None:
         for slot in plan.released:
@@ -101,6 +104,7 @@ class FakeRunner:
                 and admission.stream == 0
                 and len(admission.token_ids) == admission.prompt_length,
                 [{} for _ in self.groups],
+                admission.long_rope,
                 admission.params.pooling if isinstance(admission.params, PoolingParams) else None,
             )
         for fork in plan.forks:
@@ -114,6 +118,7 @@ class FakeRunner:
                 fork.stream,
                 False,
                 [{} for _ in self.groups],
+                parent.long_rope,
             )
 
     def _edit_tables(self, plan: StepPlan) -> None:
@@ -149,11 +154,15 @@ class FakeRunner:
                 block = seat.tables[group].get(index, 0)
                 assert block, f"{config.kind} group: position {position} has no block"
                 place = (block, offset)
-                self.memory[group][place] = tuple(seat.token_ids[: position + 1])
+                self.memory[group][place] = (seat.long_rope, tuple(seat.token_ids[: position + 1]))
 
     def _expect_own_history(self, slot: int, end: int) -> None:
         seat = self.seats[slot]
         assert end <= len(seat.token_ids)
+        long = self.rope_switch is not None and len(seat.token_ids) > self.rope_switch
+        assert seat.long_rope == long, (
+            f"slot {slot}: {len(seat.token_ids)} tokens, long rope {seat.long_rope}"
+        )
         start = next(s for s_slot, s, _ in self.rows_seen[-1] if s_slot == slot)
         for group, config in enumerate(self.groups):
             first = 0 if config.window is None else max(0, start - config.window + 1)
@@ -162,7 +171,7 @@ class FakeRunner:
                 block = seat.tables[group].get(index, 0)
                 assert block, f"{config.kind} group: position {position} has no block"
                 found = self.memory[group].get((block, offset))
-                wanted = tuple(seat.token_ids[: position + 1])
+                wanted = (long, tuple(seat.token_ids[: position + 1]))
                 assert found == wanted, f"slot {slot}, position {position}: {found} instead of {wanted}"
 
     def _sample(self, plan: StepPlan, rows: list[tuple[int, int, int]]) -> StepResult:

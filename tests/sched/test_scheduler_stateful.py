@@ -113,6 +113,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         policy=st.sampled_from([FirstComeFirstServed(), PriorityFirst()]),
         caching=st.sampled_from([True, True, True, False]),
         threshold=st.sampled_from([0, 0, 4]),
+        rope_switch=st.sampled_from([None, None, 1, 8, 20]),
     )
     def build(
         self,
@@ -124,6 +125,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         policy: SchedulingPolicy,
         caching: bool,
         threshold: int,
+        rope_switch: int | None,
     ) -> None:
         groups = group_configs(kind, blocks, block_size)
         self.clock = Clock()
@@ -134,9 +136,10 @@ class SchedulerMachine(RuleBasedStateMachine):
             MAX_MODEL_LEN,
             policy,
             long_prefill_token_threshold=threshold,
+            rope_switch=rope_switch,
         )
         self.scheduler = Scheduler(config, self.blocks, clock=self.clock)
-        self.runner = FakeRunner(block_size, groups, draw, max_num_batched_tokens, max_num_seqs)
+        self.runner = FakeRunner(block_size, groups, draw, max_num_batched_tokens, max_num_seqs, rope_switch)
         self.submitted: list[Request] = []
         self.ended: set[int] = set()
         self.prompt_logprobs: set[str] = set()

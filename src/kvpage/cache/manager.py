@@ -132,9 +132,12 @@ class BlockManager:
 
     # ---- what a sequence does ---------------------------------------------------------------------------
 
-    def open(self, salt: str | None = None, adapter: str | None = None) -> BlockTables:
-        """Empty tables for a new sequence; prefixes are shared only among equal ``salt`` and ``adapter``."""
-        roots = [self._hasher.root(salt, adapter, group.index, group.kind) for group in self._groups]
+    def open(self, salt: str | None = None, adapter: str | None = None, variant: str = "") -> BlockTables:
+        """Empty tables for a new sequence; prefixes are shared only among equal ``salt``, ``adapter`` and ``variant``
+        (what else K and V of equal tokens depend on)."""
+        roots = [
+            self._hasher.root(salt, adapter, group.index, group.kind + variant) for group in self._groups
+        ]
         count = len(self._groups)
         return BlockTables([[] for _ in range(count)], roots, [[] for _ in range(count)], [0] * count)
 

@@ -110,7 +110,7 @@ def read_rope(
     old_names: Mapping[str, str] = OLD_ROPE_NAMES,
     interleaved: bool = False,
 ) -> RopeSpec:
-    """Rope of a model; frequencies fixed for ``max_model_len`` (or the stated context).
+    """Rope of a model; those of "dynamic" are fixed for ``max_model_len`` (or the stated context).
 
     Args:
         partial: the family turns ``partial_rotary_factor`` of each head; without, another than 1 is refused.
@@ -142,7 +142,7 @@ def read_rope(
         theta=_positive(cfg, float, values, "rope_theta"),
         rotary_dim=rotary_dim,
         interleaved=interleaved,
-        max_position=(max_model_len or context) if kind in ("dynamic", "longrope") else 0,
+        max_position=(max_model_len or context) if kind == "dynamic" else 0,
         parameters=used,
     )
 

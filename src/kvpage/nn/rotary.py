@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,27 +15,43 @@ Frequencies = tuple[torch.Tensor, float]
 """float32 [rotary_dim / 2], and the factor that cos and sin are multiplied by."""
 
 
-def build_rope(spec: RopeSpec, max_model_len: int, device: torch.device | str) -> Rope:
+def build_rope(
+    spec: RopeSpec, max_model_len: int, device: torch.device | str, switch: int | None = None
+) -> Rope:
     """Tables of ``spec`` for positions 0 .. max_model_len - 1, on ``device``.
+
+    With ``switch``, the rows are those of positions 0 .. switch - 1 in sequences of at most ``switch`` tokens, then
+    of positions 0 .. max_model_len - 1 in longer ones. For kinds that do not tell them apart both are the same.
 
     Raises:
         ValueError: ``spec.kind`` is none of ``FREQUENCIES`` (a family refuses such a checkpoint first).
     """
     if spec.kind not in FREQUENCIES:
         raise ValueError(f"rope kind {spec.kind!r} is unknown; known: {', '.join(FREQUENCIES)}")
-    frequencies, factor = FREQUENCIES[spec.kind](spec)
-    positions = torch.arange(max_model_len, dtype=torch.float32, device="cpu")
-    angles = positions[:, None] * frequencies
-    cos, sin = angles.cos(), angles.sin_()
-    if factor != 1.0:
-        cos.mul_(factor)
-        sin.mul_(factor)
+    short = FREQUENCIES[spec.kind](spec)
+    if switch is None:
+        cos, sin = _table(short, max_model_len)
+    else:
+        long = LONG_FREQUENCIES.get(spec.kind, FREQUENCIES[spec.kind])(spec)
+        parts = _table(short, switch), _table(long, max_model_len)
+        cos, sin = torch.cat([cos for cos, _ in parts]), torch.cat([sin for _, sin in parts])
     return Rope(
         cos=cos.to(device),
         sin=sin.to(device),
-        rotary_dim=2 * len(frequencies),
+        rotary_dim=2 * len(short[0]),
         interleaved=spec.interleaved,
     )
+
+
+def _table(frequencies: Frequencies, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """cos and sin of positions 0 .. rows - 1."""
+    positions = torch.arange(rows, dtype=torch.float32, device="cpu")
+    angles = positions[:, None] * frequencies[0]
+    cos, sin = angles.cos(), angles.sin_()
+    if frequencies[1] != 1.0:
+        cos.mul_(frequencies[1])
+        sin.mul_(frequencies[1])
+    return cos, sin
 
 
 def _powers(spec: RopeSpec, theta: float) -> torch.Tensor:
@@ -115,7 +131,16 @@ def _yarn_attention_factor(values: Mapping[str, Any], factor: float) -> float:
 
 
 def _longrope(spec: RopeSpec) -> Frequencies:
-    """arXiv:2402.13753; long factors where ``max_position`` is beyond the trained context, else short."""
+    """arXiv:2402.13753, for sequences within the trained context."""
+    return _stretched(spec, spec.parameters["short_factor"])
+
+
+def _longrope_beyond(spec: RopeSpec) -> Frequencies:
+    """The same for sequences beyond it."""
+    return _stretched(spec, spec.parameters["long_factor"])
+
+
+def _stretched(spec: RopeSpec, factors: Sequence[float]) -> Frequencies:
     values = spec.parameters
     trained = values["original_max_position_embeddings"]
     stated = values.get("attention_factor")
@@ -124,7 +149,6 @@ def _longrope(spec: RopeSpec) -> Frequencies:
         attention_factor = float(stated)
     else:
         attention_factor = 1.0 if factor <= 1.0 else math.sqrt(1 + math.log(factor) / math.log(trained))
-    factors = values["long_factor"] if spec.max_position > trained else values["short_factor"]
     stretch = torch.tensor(factors, dtype=torch.float32, device="cpu")
     return 1.0 / (stretch * _powers(spec, spec.theta)), attention_factor
 
@@ -137,3 +161,5 @@ FREQUENCIES: Mapping[str, Callable[[RopeSpec], Frequencies]] = {
     "yarn": _yarn,
     "longrope": _longrope,
 }
+LONG_FREQUENCIES: Mapping[str, Callable[[RopeSpec], Frequencies]] = {"longrope": _longrope_beyond}
+"""Of kinds whose sequences beyond ``RopeSpec.switch`` turn in another way."""

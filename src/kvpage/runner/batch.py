@@ -23,10 +23,14 @@ Ints = npt.NDArray[np.integer]
 
 @dataclass(frozen=True, slots=True)
 class StepInputs:
-    """What one step computes: token_ids, positions int64 [T]; one AttentionBatch a KV group."""
+    """What one step computes: token_ids, positions, rope_positions int64 [T]; one AttentionBatch a KV group.
+
+    ``rope_positions``: the row of the rotary tables by which each token turns.
+    """
 
     token_ids: torch.Tensor
     positions: torch.Tensor
+    rope_positions: torch.Tensor
     batches: Sequence[AttentionBatch]
 
 
@@ -36,6 +40,7 @@ class BatchBuilder:
     Args:
         max_num_seqs: slots. max_num_batched_tokens: most tokens of a step.
         max_model_len: most tokens of a sequence. block_size: tokens a block. num_groups: KV groups.
+        rope_switch: rows of the rotary tables before those of long sequences; ``None`` = there are none of these.
     """
 
     def __init__(
@@ -46,6 +51,7 @@ class BatchBuilder:
         max_model_len: int,
         block_size: int,
         num_groups: int,
+        rope_switch: int | None = None,
     ) -> None:
         blocks = -(-max_model_len // block_size)
         self._block_size = block_size
@@ -57,6 +63,10 @@ class BatchBuilder:
         self._slot_mappings = [np.zeros(max_num_batched_tokens, np.int64) for _ in range(num_groups)]
         self._cu_seqlens = np.zeros(max_num_seqs + 1, np.int32)
         self._seq_lens = np.zeros(max_num_seqs, np.int32)
+        self._rope_switch = rope_switch or 0
+        self._rope_offsets = np.zeros(max_num_seqs, np.int64)
+        # Positions themselves where a model has one rope.
+        self._rope_positions = self._positions if rope_switch is None else np.zeros_like(self._positions)
 
     def apply(self, plan: StepPlan) -> None:
         """Admissions and block-table entries of ``plan``. A released slot needs nothing: admission overwrites it."""
@@ -64,6 +74,7 @@ class BatchBuilder:
             count = len(admission.token_ids)
             self.tokens[admission.slot, :count] = admission.token_ids
             self.lengths[admission.slot] = count
+            self._rope_offsets[admission.slot] = self._rope_switch * admission.long_rope
         if plan.table_slots:
             if len(self.tables) == 1:
                 self.tables[0][plan.table_slots, plan.table_indices] = plan.table_blocks
@@ -75,7 +86,8 @@ class BatchBuilder:
                     table[slots, indices] = blocks
 
     def fork(self, parent: int, child: int) -> None:
-        """The child's known tokens start as the parent's."""
+        """The child's known tokens start as the parent's, and so does its rope."""
+        self._rope_offsets[child] = self._rope_offsets[parent]
         count = self.lengths[parent]
         self.tokens[child, :count] = self.tokens[parent, :count]
         self.lengths[child] = count
@@ -103,6 +115,9 @@ class BatchBuilder:
             first = starts - self._cu_seqlens[:rows]
             np.add(np.arange(total), first.repeat(counts), out=positions)
         token_ids[:] = self.tokens[slot_of_token, positions]
+        rope_positions = self._rope_positions[:total]
+        if self._rope_switch:
+            np.add(positions, self._rope_offsets[slot_of_token], out=rope_positions)
         block, offset = np.divmod(positions, self._block_size)
         used = -(-longest // self._block_size)
         cu_seqlens = torch.from_numpy(self._cu_seqlens[: rows + 1])
@@ -128,4 +143,5 @@ class BatchBuilder:
                     max_seq_len=longest,
                 )
             )
-        return StepInputs(torch.from_numpy(token_ids), torch.from_numpy(positions), batches)
+        tokens, places, turns = map(torch.from_numpy, (token_ids, positions, rope_positions))
+        return StepInputs(tokens, places, turns, batches)

@@ -52,7 +52,7 @@ class ModelRunner:
         with torch.inference_mode():
             self._apply(plan)
             inputs = self._batch.build(plan)
-            context = self._store.step(inputs.positions, inputs.batches)
+            context = self._store.step(inputs.rope_positions, inputs.batches)
             hidden = self._model.forward(inputs.token_ids, inputs.positions, context)
             embeddings, faults = self._pooler.pool(plan, hidden)
             prompt_logprobs = self._score_prompts(plan, hidden)

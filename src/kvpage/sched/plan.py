@@ -28,6 +28,7 @@ class Admission:
         prompt_length: how many of them are prompt.
         seed, stream: key of the sampling noise; stream = index of the choice.
         bad_word_ids: ``params.bad_words``, tokenised.
+        long_rope: whether it is longer than ``SchedulerConfig.rope_switch``; a fork is what its parent is.
     """
 
     slot: int
@@ -37,6 +38,7 @@ class Admission:
     seed: int
     stream: int
     bad_word_ids: Sequence[Sequence[int]] = ()
+    long_rope: bool = False
 
 
 @dataclass(slots=True)

@@ -11,6 +11,9 @@ from kvpage.cache.tables import BlockTables
 from kvpage.outputs import FinishReason, PositionLogprobs
 from kvpage.params import Params, Pooling, PoolingParams
 
+LONG_ROPE = ", long rope"
+"""The variant of a long sequence's cached prefixes."""
+
 
 @dataclass(slots=True, eq=False)
 class Request:
@@ -81,6 +84,7 @@ class Sequence:
         pooling: how its prompt becomes a vector, with which it ends; ``None`` = it draws tokens.
         finish_reason, stop_reason: as in ``CompletionOutput``.
         error: why it ended with finish reason "error", where the step said so.
+        long_rope: whether its KV is computed with the long rope; see ``outgrew``.
     """
 
     request: Request
@@ -103,6 +107,19 @@ class Sequence:
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
     error: str | None = None
+    long_rope: bool = False
+
+    def outgrew(self, switch: int) -> bool:
+        """Whether it is longer than ``switch`` tokens, and its KV is still that of the short rope."""
+        return not self.long_rope and len(self.token_ids) > switch
+
+    def lengthen(self, blocks: BlockManager) -> None:
+        """From here on it is computed with the long rope; it holds no blocks now.
+
+        Its cached prefixes are others than those of the same tokens in short sequences.
+        """
+        self.long_rope = True
+        self.blocks = blocks.open(self.request.cache_salt, self.request.adapter, LONG_ROPE)
 
     @property
     def needs_every_position(self) -> bool:
@@ -124,8 +141,13 @@ class Sequence:
         return self.finish_reason is not None
 
 
-def open_sequences(request: Request, max_length: int, key: Any, number: int, blocks: BlockManager) -> None:
-    """Make the sequences of ``request``, which the policy orders by ``key`` and that is submission ``number``."""
+def open_sequences(
+    request: Request, max_length: int, key: Any, number: int, blocks: BlockManager, rope_switch: int | None
+) -> None:
+    """Make the sequences of ``request``, which the policy orders by ``key`` and that is submission ``number``.
+
+    Those longer than ``rope_switch`` take the long rope at once.
+    """
     params, prompt = request.params, list(request.prompt_token_ids)
     request.number = number
     request.sequences = [
@@ -142,6 +164,9 @@ def open_sequences(request: Request, max_length: int, key: Any, number: int, blo
         )
         for index in range(params.n)
     ]
+    if rope_switch is not None and len(prompt) > rope_switch:
+        for sequence in request.sequences:
+            sequence.lengthen(blocks)
     request.unfinished = len(request.sequences)
     first = request.sequences[0]
     first.children = request.sequences[1:]

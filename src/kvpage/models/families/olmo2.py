@@ -27,7 +27,7 @@ NAMES = {
 
 
 def translate(cfg: HFConfig, *, max_model_len: int | None) -> ModelDefinition:
-    """``cfg`` as a model; ``max_model_len`` only fixes the frequencies of dynamic and longrope.
+    """``cfg`` as a model; ``max_model_len`` only fixes the frequencies of dynamic rope.
 
     Raises:
         CheckpointError: a key is missing, of another type, or holds a value this family does not run.

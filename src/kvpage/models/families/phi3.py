@@ -25,7 +25,7 @@ NAMES = {
 
 
 def translate(cfg: HFConfig, *, max_model_len: int | None) -> ModelDefinition:
-    """``cfg`` as a model; longrope has its long factors where ``max_model_len`` is beyond the original context.
+    """``cfg`` as a model; each sequence takes the long factors of longrope where it is beyond the original context.
 
     Raises:
         CheckpointError: a key is missing, of another type, or holds a value this family does not run.
