@@ -65,6 +65,17 @@ class HalfPrecision(Sharpen):
         return super().apply(logits, slots).half()
 
 
+class NaNLater(NoRepeat):
+    """0 / 0, once a token was generated twice."""
+
+    def apply(self, logits: torch.Tensor, slots: Sequence[int]) -> torch.Tensor:
+        out = super().apply(logits, slots)
+        for row, slot in enumerate(slots):
+            if len(self.known[slot]) - len(set(self.known[slot])) > 0:
+                out[row, self.known[slot][-1]] = torch.nan
+        return out
+
+
 class Flips(Sharpen):
     def apply(self, logits: torch.Tensor, slots: Sequence[int]) -> torch.Tensor:
         return -logits
@@ -105,7 +116,9 @@ class SharedWithEveryone(NoRepeat):
         (RowIsSlot, "order_of_rows_does_not_matter", "order of rows"),
         (CountsCalls, "apply_is_repeatable", "apply is repeatable: .* after 0 tokens"),
         (HalfPrecision, "shape_dtype_and_device_are_kept", "shape, dtype and device: .* became .*float16"),
-        (ForbidsByProduct, "shape_dtype_and_device_are_kept", "no NaN: first NaN"),
+        (ForbidsByProduct, "shape_dtype_and_device_are_kept", "no NaN: ForbidsByProduct wrote NaN; first NaN"),
+        (NaNLater, "slots_are_independent", "no NaN: NaNLater wrote NaN at row 0, token 3, after 2 tokens"),
+        (NaNLater, "apply_is_repeatable", "no NaN: NaNLater wrote NaN at row 0, token 3, after 2 tokens"),
         (Flips, "keeps_argmax", "keeps_argmax: after 0 tokens the likeliest token was"),
         (PeeksAtTokens, "needs_tokens", "needs_tokens = False: first wrong value"),
         (WrongErrors, "bad_params_are_request_errors", "bad params: .* ValueError"),
@@ -116,6 +129,25 @@ class SharedWithEveryone(NoRepeat):
 def test_a_processors_bug_is_named(processor: type, case: str, message: str) -> None:
     wrong = [{"extra_args": {"window": "wide"}}]
     finds(LogitsProcessorConformance, f"test_{case}", message, processor=processor, bad_params=wrong)
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ({}, r"bad params: \{\} changes nothing: an entry of bad_params is laid over params"),
+        ({"extra_args": {"window": 4}}, "changes nothing"),
+        ({"temperature": -1.0}, "is refused by SamplingParams itself"),
+    ],
+)
+def test_an_entry_of_bad_params_that_asks_nothing_is_refused(entry: dict[str, object], message: str) -> None:
+    finds(
+        LogitsProcessorConformance,
+        "test_bad_params_are_request_errors",
+        message,
+        processor=NoRepeat,
+        params={"extra_args": {"window": 4}},
+        bad_params=[entry],
+    )
 
 
 # ---- event listeners ------------------------------------------------------------------------------------

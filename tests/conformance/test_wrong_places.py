@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from kvpage.testing.attention_patterns import Wrong, pattern
+from kvpage.testing.comparing import require_equal, told_apart
+from kvpage.testing.suite import ConformanceError
 
 ROWS = ((0, 6), (3, 1), (7, 1), (9, 1), (2, 9), (15, 1))
 """(position of the first query, queries), in blocks of four."""
@@ -51,3 +53,33 @@ def test_wrong_heads_and_elements_are_named() -> None:
 def test_nothing_is_said_where_nothing_is_shared() -> None:
     assert pattern(rows("True"), 4) == ""
     assert pattern(rows("at % 3 == 0"), 4) == ""
+
+
+def test_values_whose_decimals_agree_are_told_apart_by_their_bits() -> None:
+    one = torch.tensor(0x3FB999999999999A).view(torch.float64)
+    other = torch.tensor(0x3FB999999999999B).view(torch.float64)
+    texts = ("0.1 (float64, bits 0x3fb999999999999a)", "0.1 (float64, bits 0x3fb999999999999b)")
+    assert told_apart(one, other) == texts
+    assert told_apart(torch.tensor(0.0), torch.tensor(-0.0)) == ("0", "-0")
+    assert told_apart(torch.tensor(-1), torch.tensor(7)) == ("-1", "7")
+
+
+def test_two_kinds_of_nan_are_told_apart() -> None:
+    one, other = torch.tensor([0x7FC00000, -1], dtype=torch.int32).view(torch.float32)
+    assert told_apart(one, other) == ("nan (float32, bits 0x7fc00000)", "nan (float32, bits 0xffffffff)")
+
+
+def test_a_difference_in_the_last_bit_is_told_in_full() -> None:
+    values = torch.tensor([0.1, 0.1], dtype=torch.float64)
+    values[0] += 2**-56
+    with pytest.raises(
+        ConformanceError, match=r"got 0\.1 \(float64, bits 0x\w+\), expected 0\.1 \(float64, bits 0x"
+    ):
+        require_equal("bits", values[:1], values[1:], ("entry",))
+
+
+def test_one_wrong_element_is_named_by_its_number() -> None:
+    everywhere = rows("True")
+    for row in everywhere:
+        row.wrong[..., [*range(5), 6, 7]] = False
+    assert pattern(everywhere, 4) == "head dim: only element 5 is wrong (of 8)"

@@ -1,4 +1,4 @@
-"""Checkpoints for the suite of quantization schemes: tensors in memory or a folder of safetensors, as a view."""
+"""Checkpoints for the suites: tensors in memory or in a folder of safetensors, as a view."""
 
 from __future__ import annotations
 
@@ -100,3 +100,26 @@ def read_folder(path: str | Path) -> tuple[Mapping[str, Any], Mapping[str, torch
                 flat = torch.tensor(data[first:last], dtype=torch.uint8, device="cpu")
                 tensors[name] = flat.view(DTYPES[entry["dtype"]]).view(entry["shape"])
     return config, tensors
+
+
+def write_folder(path: Path, config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:
+    """``path``/config.json, and ``path``/model.safetensors where there are tensors."""
+    path.mkdir(parents=True, exist_ok=True)
+    (path / "config.json").write_text(json.dumps(dict(config)), encoding="utf-8")
+    if not tensors:
+        return
+    names = {dtype: name for name, dtype in DTYPES.items()}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    data = bytearray()
+    for name, tensor in tensors.items():
+        stored = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+        shape = list(tensor.shape)
+        header[name] = {
+            "dtype": names[tensor.dtype],
+            "shape": shape,
+            "data_offsets": [len(data), len(data) + len(stored)],
+        }
+        data += stored
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    (path / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + data)

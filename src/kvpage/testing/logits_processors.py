@@ -51,7 +51,9 @@ class LogitsProcessorConformance(ConformanceSuite):
         processor: the class under test; it is made without arguments.
         params: fields of SamplingParams of the requests that name it (``extra_args``, most often).
         other_params: those of a second kind of request, to stand beside the first.
-        bad_params: each must be refused by ``admit`` with RequestError.
+        bad_params: each must be refused by ``admit`` with RequestError. An entry is laid over ``params``, key by key,
+            so that it says only what is wrong about it; one that changes nothing asks for a good request, and is
+            itself refused.
         vocab_size: tokens of the made-up logits.
         engine_options: of the engines that real requests run in ("model", if not the bundled one).
     """
@@ -87,7 +89,7 @@ class LogitsProcessorConformance(ConformanceSuite):
             require(
                 not len(nan),
                 "no NaN",
-                f"first NaN at row, token {nan[:1].tolist()}; token 7 was -inf in every row",
+                f"{self.processor.__name__} wrote NaN; first NaN at row, token {nan[:1].tolist()}; token 7 was -inf in every row",
             )
 
     def test_only_the_given_rows_are_touched(self) -> None:
@@ -257,7 +259,7 @@ class LogitsProcessorConformance(ConformanceSuite):
         expected = self._follow(self.processor(), self._sequence(0), 2)
         made = self.processor()
         for bad in self.bad_params:
-            params = SamplingParams(**{**self.params, **bad}, logits_processors=(NAME,))
+            params = self._bad(bad)
             try:
                 made.admit(0, params, (1, 2, 3))
             except RequestError:
@@ -349,7 +351,32 @@ class LogitsProcessorConformance(ConformanceSuite):
         return torch.stack(drawn)
 
     def _apply(self, made: LogitsProcessor, rows: Sequence[MadeUpSequence]) -> torch.Tensor:
-        return made.apply(self._logits(rows), [row.slot for row in rows]).clone()
+        out = made.apply(self._logits(rows), [row.slot for row in rows]).clone()
+        nan = out.isnan().nonzero()
+        if len(nan):
+            row, token = (int(i) for i in nan[0])
+            known = f"{self.processor.__name__} wrote NaN at row {row}, token {token}, after {len(rows[row].token_ids)} tokens"
+            raise ConformanceError("no NaN", f"{known}; {len(nan)} of {out.numel()} logits are NaN")
+        return out
+
+    def _bad(self, entry: Mapping[str, Any]) -> SamplingParams:
+        """``params`` with an entry of ``bad_params`` over them."""
+        good = SamplingParams(**self.params, logits_processors=(NAME,))
+        try:
+            bad = SamplingParams(**{**self.params, **entry}, logits_processors=(NAME,))
+        except RequestError as error:
+            raise ConformanceError(
+                "bad params",
+                f"{dict(entry)} is refused by SamplingParams itself ({error}), so that admit never sees it: name values "
+                "that only this processor refuses",
+            ) from error
+        require(
+            bad != good,
+            "bad params",
+            f"{dict(entry)} changes nothing: an entry of bad_params is laid over params {dict(self.params)}, key by key; "
+            "state what is wrong ({'extra_args': None} takes extra_args away)",
+        )
+        return bad
 
     def _next(self, row: MadeUpSequence) -> int:
         # Some tokens repeat, so that what counts or forbids repetition shows.
