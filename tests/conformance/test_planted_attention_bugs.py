@@ -79,6 +79,9 @@ from kvpage.testing.attention import AttentionBackendConformance
 class TestMyChip(AttentionBackendConformance):
     backend = next(m for m in MUTANTS if m.name == "layer's scale ignored").make()
     head_dims = [64]
+
+class TestNoCaps(AttentionBackendConformance):
+    backend = type("NoCaps", (TestMyChip.backend,), {"caps": None})
 """
 
 
@@ -88,18 +91,20 @@ def test_a_third_party_reads_the_finding_in_its_own_pytest_run(tmp_path: Path) -
     paths = os.pathsep.join((str(SOURCE), str(Path(__file__).parent)))
     run = subprocess.run(
         [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--strict-markers", "-W", "error", "-rf", "-q",
-         "-k", "scale or window or kv_dtype", "-m", "kvpage_conformance", str(tmp_path)],
+         "-k", "can_be_made or scale or window or kv_dtype", "-m", "kvpage_conformance", str(tmp_path)],
         check=False, capture_output=True, text=True, timeout=100, cwd=tmp_path,
         env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert run.returncode == 1, run.stdout + run.stderr
-    failed = re.findall(r"^FAILED test_mychip\.py::TestMyChip::(\S+)", run.stdout, flags=re.MULTILINE)
-    assert failed == ["test_scale[0.02]", "test_scale[0.4]", "test_scale[1.0]"]
+    failed = re.findall(r"^FAILED test_mychip\.py::(\S+)", run.stdout, flags=re.MULTILINE)
+    mine = [f"TestMyChip::test_scale[{scale}]" for scale in (0.02, 0.4, 1.0)]
+    assert failed == [*mine, "TestNoCaps::test_backend_can_be_made"]
+    assert "making: caps is None, expected an AttentionCaps" in run.stdout
     assert re.search(
         r"scale: first wrong value at row \d+, head \d+, token \d+ \(position \d+ of \d+\), block \d+ \(pool block \d+, "
         r"offset \d+\), element \d+: got \S+, expected \S+ \(may differ by",
         run.stdout,
     )
     assert "looks like: scale: scale 1/sqrt(head dim) was used instead of the layer's" in run.stdout
-    assert "9 passed" in run.stdout
-    assert "2 skipped" in run.stdout
+    assert "10 passed" in run.stdout
+    assert "16 skipped" in run.stdout
