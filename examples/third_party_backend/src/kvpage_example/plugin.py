@@ -11,7 +11,7 @@ KVPAGE_API_VERSION = "1.0"
 
 @hookimpl
 def kvpage_attention_backends() -> list[AttentionBackendRecord]:
-    # A negative priority leaves the choice to other backends until a user names this one.
+    # Below the reference's -100: taken only where a user names it. Above, it would be every engine's default here.
     return [
         AttentionBackendRecord(
             name="gather-sdpa",
