@@ -279,11 +279,7 @@ def resolve(
 
     dtype = resolve_dtype(options, model.dtype)
     reasons["dtype"] = "given" if options.dtype != "auto" else "the checkpoint's"
-    kv_dtype = (
-        dtype
-        if options.kv_cache_dtype == "auto"
-        else DTYPES.get(options.kv_cache_dtype, options.kv_cache_dtype)
-    )
+    kv_dtype = _resolve_kv_dtype(options, dtype)
     max_model_len, reasons["max_model_len"] = resolve_context(options, model.context)
     on_cpu = machine.device == "cpu"
     max_num_seqs = choose("max_num_seqs", options.max_num_seqs, lambda: (64 if on_cpu else 256, "default"))
@@ -300,10 +296,6 @@ def resolve(
     if on_cpu and options.gpu_memory_utilization is not None:
         notes.append("gpu_memory_utilization is not applicable on a CPU: use kv_cache_memory")
 
-    if kv_dtype not in ELEMENT_SIZES:
-        raise ConfigError(
-            f"kv_cache_dtype must be 'auto' or one of {', '.join(ELEMENT_SIZES)}, got {kv_dtype!r}"
-        )
     sizes = [block_size * g.elements_per_token * ELEMENT_SIZES[kv_dtype] for g in model.groups]
 
     def shape(length: int) -> tuple[int, ...]:
@@ -372,6 +364,17 @@ def blocks_per_sequence(group: GroupFacts, block_size: int, max_model_len: int, 
     """Most blocks one sequence holds in a group: a window keeps the window and the chunk being computed."""
     tokens = max_model_len if group.window is None else min(max_model_len, group.window + budget + block_size)
     return -(-tokens // block_size)
+
+
+def _resolve_kv_dtype(options: EngineOptions, dtype: str) -> str:
+    """The torch dtype name of the cache; ``dtype``: the model's."""
+    asked = options.kv_cache_dtype
+    kv_dtype = dtype if asked == "auto" else DTYPES.get(asked, asked)
+    if kv_dtype not in ELEMENT_SIZES:
+        raise ConfigError(
+            f"kv_cache_dtype must be 'auto' or one of {', '.join(ELEMENT_SIZES)}, got {kv_dtype!r}"
+        )
+    return kv_dtype
 
 
 def _check_block_size(block_size: int | None, max_model_len: int) -> None:
