@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import torch
 
 from kvpage.api.attention import AttentionBackend, AttentionEnv
+from kvpage.api.checkpoint import CheckpointReader
 from kvpage.api.events import EventListener
 from kvpage.api.kv import KVLayout
 from kvpage.api.model import ModelDefinition
@@ -39,6 +40,15 @@ class FewBlocks(ReferenceAttention):
     def kv_layout(self) -> KVLayout:
         layout = super().kv_layout()
         return replace(layout, shape=(layout.shape[0] - 1, *layout.shape[1:]))
+
+
+class FewBlocksOnly(ReferenceAttention):
+    """Can be made on trial, and not for a whole pool."""
+
+    def __init__(self, env: AttentionEnv) -> None:
+        super().__init__(env)
+        if env.num_blocks > 100:
+            raise RuntimeError(f"{env.num_blocks} blocks do not fit")
 
 
 class Abstract(AttentionBackend):
@@ -91,6 +101,18 @@ class Careless(SchedulingPolicy):
         if count == 7:
             raise ZeroDivisionError("no rate")
         return "eight" if count == 8 else count
+
+
+class ConfigOfNoKind(CheckpointReader):
+    def config(self) -> Any:
+        return 42
+
+    def weights(self) -> Any: ...
+
+
+class WeightsOfNoKind(CheckpointReader):
+    def weights(self) -> Any:
+        return {}
 
 
 class Nothing:

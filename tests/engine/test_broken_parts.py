@@ -14,6 +14,7 @@ from parts_of_plugins import Plugin
 from kvpage import ConfigError, Engine, PluginError, PluginRegistry, RequestError, SamplingParams, hookimpl
 from kvpage.api.records import (
     AttentionBackendRecord,
+    CheckpointReaderRecord,
     DecoderBackendRecord,
     EventListenerRecord,
     LinearKernelRecord,
@@ -67,13 +68,13 @@ def attention(factory: str, name: str = "chip") -> AttentionBackendRecord:
 
 
 BROKEN_BACKENDS = {
-    "NoChip": r"attention backend 'chip' cannot be made \(RuntimeError: no chip in this machine, at \S+:\d+\)",
-    "NoLayout": r"'chip': kv_layout\(\) gives None, which is no kvpage.api.kv.KVLayout",
-    "UnknownDtype": r"'chip': kv_layout\(\) gives the dtype 'float33', which torch does not have",
-    "FewBlocks": r"'chip': kv_layout\(\) gives the shape \(\d+, .*; its first entry must be env.num_blocks = \d+",
-    "Abstract": r"attention backend 'chip' cannot be made \(TypeError: Can't instantiate abstract class",
-    "DictCaps": r"chip: its caps are \{'devices': \{'cpu'\}\}, no kvpage.api.attention.AttentionCaps",
-    "Gone": r"chip: broken_parts:Gone cannot be imported: AttributeError",
+    "NoChip": r"it cannot be made \(RuntimeError: no chip in this machine, at \S+:\d+\)",
+    "NoLayout": r"kv_layout\(\) gives None, which is no kvpage.api.kv.KVLayout",
+    "UnknownDtype": r"kv_layout\(\) gives the dtype 'float33', which torch does not have",
+    "FewBlocks": r"kv_layout\(\) gives the shape \(\d+, .*; its first entry must be env.num_blocks = \d+",
+    "Abstract": r"it cannot be made \(TypeError: Can't instantiate abstract class",
+    "DictCaps": r"its caps are \{'devices': \{'cpu'\}\}, no kvpage.api.attention.AttentionCaps",
+    "Gone": r"broken_parts:Gone cannot be imported: AttributeError",
 }  # fmt: skip
 
 
@@ -88,9 +89,17 @@ def test_an_attention_backend_that_cannot_be_made_gives_way_and_if_named_is_an_e
     assert warning.getMessage().startswith("attention backend chip: no: ")
     reason = engine.config.reasons["attention_backend"]
     assert reason.startswith("reference (by priority; chip: no: ")
-    with pytest.raises(PluginError, match=BROKEN_BACKENDS[factory]):
+    with pytest.raises(
+        PluginError, match="attention_backend='chip' cannot be used: " + BROKEN_BACKENDS[factory]
+    ):
         Engine(tiny, plugins=made, attention_backend="chip")
     assert len(engine.generate([9, 8, 7], GREEDY)[0].outputs[0].token_ids) == 4
+
+
+def test_an_attention_backend_that_cannot_be_made_for_all_blocks_is_named(tiny: Path) -> None:
+    match = r"attention backend chip: it cannot be made \(RuntimeError: 201 blocks do not fit"
+    with pytest.raises(PluginError, match=match):
+        Engine(tiny, plugins=registry(attention("FewBlocksOnly")), num_kv_blocks=200)
 
 
 def test_a_decoder_backend_whose_attention_backend_cannot_be_made_gives_way(make_engine: MakeEngine) -> None:
@@ -171,6 +180,12 @@ def test_a_request_that_the_policy_cannot_place_is_refused_alone(make_engine: Ma
     [
         (SchedulingPolicyRecord(name="p", factory=f"{HERE}:Nothing"), {"scheduling_policy": "p"},
          "scheduling policy 'p': .* which is no kvpage.api.scheduling.SchedulingPolicy"),
+        (CheckpointReaderRecord(name="r", factory=f"{HERE}:Nothing", files=("*",)), {"load_format": "r"},
+         "r: broken_parts:Nothing is no subclass of kvpage.api.checkpoint.CheckpointReader"),
+        (CheckpointReaderRecord(name="r", factory=f"{HERE}:ConfigOfNoKind", files=("*",)), {"load_format": "r"},
+         r"checkpoint reader 'r': config\(\) returned 42, no mapping"),
+        (CheckpointReaderRecord(name="r", factory=f"{HERE}:WeightsOfNoKind", files=("*",)), {"load_format": "r"},
+         r"checkpoint reader WeightsOfNoKind: weights\(\) returned \{\}, which lacks shared, names"),
         (EventListenerRecord(name="l", factory=f"{HERE}:Nothing"), {},
          "event listener 'l': .* which is no kvpage.api.events.EventListener"),
         (QuantizationSchemeRecord(name="s", factory=f"{HERE}:Nothing"), {"quantization": "s"},
@@ -217,6 +232,11 @@ def test_a_broken_family_is_named_by_an_engine_and_by_a_plan(
         Engine(model, plugins=made, skip_tokenizer_init=True)
     with pytest.raises(PluginError, match=reason):
         planned_model(EngineOptions(model=model), made)
+
+
+def test_a_policy_that_is_none_is_refused_at_the_start(tiny: Path) -> None:
+    with pytest.raises(ConfigError, match="scheduling_policy must be the name of a policy"):
+        Engine(tiny, scheduling_policy=object())
 
 
 def test_a_block_that_no_sequence_can_fill_is_refused(tiny: Path) -> None:

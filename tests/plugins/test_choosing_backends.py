@@ -96,7 +96,7 @@ def test_each_one_that_is_passed_over_has_its_reason() -> None:
     assert reasons(choice)["small"] == "head dim 64 (has 32)"
     assert "backends_of_plugins:Nowhere cannot be imported" in reasons(choice)["gone"]
     assert reasons(choice)["needing"] == "needing needs pip install 'kvpage-chip[driver]'"
-    assert reasons(choice)["broken"] == "broken: its caps are None, no kvpage.api.attention.AttentionCaps"
+    assert reasons(choice)["broken"] == "its caps are None, no kvpage.api.attention.AttentionCaps"
     assert "is no subclass of kvpage.api.attention.AttentionBackend" in reasons(choice)["duck"]
     assert "small: no: head dim 64 (has 32)" in choice.reason
     assert choice.broken == {"gone", "broken", "duck"}

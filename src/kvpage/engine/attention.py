@@ -104,10 +104,10 @@ def make_backend(
     except MemoryError:
         raise
     except Exception as error:  # foreign code
-        raise PluginError(f"attention backend {name!r} cannot be made ({describe(error)})") from error
+        raise PluginError(f"{name}: it cannot be made ({describe(error)})") from error
     fault = _fault(layout, env)
     if fault:
-        raise PluginError(f"attention backend {name!r}: kv_layout() gives {fault}")
+        raise PluginError(f"{name}: kv_layout() gives {fault}")
     return backend, layout
 
 
@@ -152,9 +152,16 @@ def make_kv_store(spec: PagedModelSpec, choice: BackendChoice, config: Resolved,
         PluginError: the backend cannot be made for so many blocks.
     """
     switch = rope_switch(spec, config.max_model_len)
+
+    def made(index: int) -> tuple[AttentionBackend, KVLayout]:
+        try:
+            return make_backend(choice.record.name, choice.backend, attention_env(spec, config, index))
+        except PluginError as error:
+            raise PluginError(f"attention backend {error}: name another, or leave its plugin out") from error
+
     return KVStore(
         spec,
-        lambda index: make_backend(choice.record.name, choice.backend, attention_env(spec, config, index)),
+        made,
         allocate=arena.allocate,
         rope=lambda wanted: build_rope(wanted, config.max_model_len, config.device, switch),
     )

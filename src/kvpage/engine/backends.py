@@ -155,10 +155,14 @@ def find_policy(chosen: str | SchedulingPolicy, registry: PluginRegistry) -> Sch
     """The registered policy of that name, made anew, or the given object itself.
 
     Raises:
-        ConfigError: no policy has that name.
+        ConfigError: no policy has that name, or the object is none.
         PluginError: it cannot be made.
     """
     if not isinstance(chosen, str):
+        if not callable(getattr(chosen, "key", None)):
+            raise ConfigError(
+                f"scheduling_policy must be the name of a policy or a SchedulingPolicy object, got {chosen!r:.80}"
+            )
         return chosen
     known = {record.name: record for record in registry.scheduling_policies()}
     if chosen not in known:

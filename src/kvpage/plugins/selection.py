@@ -209,9 +209,12 @@ def choose_attention(
         try:
             found, reasons = _attention_candidate(record, need, trial)
         except PluginError as error:
+            reason = str(error).removeprefix(f"{record.name}: ")
             if explicit is not None:
-                raise
-            found, reasons = None, [str(error)]
+                raise PluginError(
+                    f"attention_backend={explicit!r} cannot be used: {reason}; leave it out to take another"
+                ) from error
+            found, reasons = None, [reason]
             if not unavailable(record):
                 broken.add(record.name)
         if found is None or reasons:
