@@ -178,6 +178,10 @@ class AttentionBackend(ABC):
     ``write_kv``) and ``attend``: the K and V of all rows of a layer are written before any row attends, so
     that sequences may share blocks filled in the same step.
 
+    An engine makes one object on trial for each KV group, over few blocks and before it reads weights, then those that it
+    runs. ``__init__`` may raise to say that it cannot serve here (no device, no driver): the next backend is taken, and
+    the log has the reason; a user who named this one gets it as the error.
+
     q, k and v may be views with any strides but the last, which is 1; ``out`` is contiguous. Block 0 of the pool,
     the null block, is never written and may hold anything. An object keeps nothing outside of itself: several
     live side by side. ``kvpage.testing.attention`` proves all of this of a subclass.

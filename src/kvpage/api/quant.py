@@ -232,7 +232,11 @@ class LinearEnv:
 
 
 class LinearKernel(ABC):
-    """A way to compute one form on a device; one object serves one weight."""
+    """A way to compute one form on a device; one object serves one weight.
+
+    Once prepared it is given one row of zeros. One that raises on the way, or answers in another shape or dtype, is
+    passed over with a warning for the next kernel that supports the form.
+    """
 
     name: ClassVar[str]
 

@@ -57,5 +57,6 @@ class SchedulingPolicy(ABC):
         """What requests are compared by, smaller first; read once, at submission, never changed.
 
         Requests with equal keys go in the order of their submission. Keys of all requests must be comparable
-        with each other. An exception refuses that request, and no other.
+        with each other. An exception, or a key that has no order with those of the others (``None``, NaN), refuses
+        that request, and no other.
         """
