@@ -97,7 +97,12 @@ def test_linear_rope_scaling_stretches_the_context() -> None:
 
 
 REFUSALS: dict[str, tuple[str, dict[str, Any], str]] = {
-    "recurrent": ("MambaForCausalLM", {}, "attention-function registry"),
+    "recurrent": ("MambaForCausalLM", {}, "keep a state of their own"),
+    "some layers recurrent": (
+        "JambaForCausalLM",
+        {"attn_layer_period": 2, "attn_layer_offset": 1, "num_experts": 2, "mamba_dt_rank": 4},
+        "keep a state of their own",
+    ),
     "position biases": ("BloomForCausalLM", {"n_head": 4}, "attention-function registry"),
     "convolutions between": (
         "Lfm2ForCausalLM",
@@ -196,9 +201,37 @@ def test_neither_path_is_told_with_both_reasons(tmp_path: Path) -> None:
         json.dumps({"architectures": ["NewForCausalLM"], "model_type": "new"})
     )
     with pytest.raises(
-        CheckpointError, match=r"(?s)known: .*LlamaForCausalLM.*transformers .* has no class of that"
+        CheckpointError,
+        match=r"NewForCausalLM cannot run through transformers: transformers .* has no class of that name.*"
+        r"NewForCausalLM is not supported by a model family; .* kvpage_models. There are: cohere, .*, llama, ",
     ):
         Engine(tmp_path)
+
+
+def test_a_config_without_architectures_is_told_so(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    with pytest.raises(CheckpointError, match=r"its config states no 'architectures'.*add that key") as told:
+        Engine(tmp_path)
+    assert "kvpage_models" not in str(told.value)
+
+
+@pytest.mark.parametrize(
+    ("stated", "way_out"), [({"partial_rotary_factor": 0.5}, True), ({"hidden_size": -1}, False)]
+)
+def test_what_a_family_refuses_and_transformers_runs_is_told_with_the_option(
+    tmp_path: Path, stated: dict[str, Any], way_out: bool
+) -> None:
+    make("LlamaForCausalLM").save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["rope_parameters"] |= {k: v for k, v in stated.items() if k != "hidden_size"}
+    config |= {k: v for k, v in stated.items() if k == "hidden_size"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError) as refusal:
+        Engine(tmp_path, skip_tokenizer_init=True)
+    assert next(iter(stated)) in str(refusal.value)
+    assert str(refusal.value).endswith("give model_impl='transformers'") == way_out
+    if way_out:
+        Engine(tmp_path, skip_tokenizer_init=True, model_impl="transformers").close()
 
 
 def test_code_that_comes_with_a_checkpoint_needs_to_be_allowed(tmp_path: Path) -> None:
@@ -227,7 +260,7 @@ def test_model_impl_takes_one_path_or_refuses(tmp_path: Path) -> None:
     model = make("ArceeForCausalLM")
     with pytest.raises(CheckpointError, match="ArceeForCausalLM is not supported"):
         Engine(model, model_impl="kvpage")
-    with pytest.raises(CheckpointError, match=r"model_impl='transformers': .* registry"):
+    with pytest.raises(CheckpointError, match=r"^BloomForCausalLM cannot run through .* registry$"):
         Engine(make("BloomForCausalLM", n_head=4), model_impl="transformers")
     with pytest.raises(ConfigError, match="model_impl must be"):
         Engine(model, model_impl="vllm")
@@ -295,3 +328,64 @@ def test_the_host_is_left_as_it_was(
     assert capfd.readouterr() == ("", "")
     with Engine(tmp_path, load_format=load_format, skip_tokenizer_init=True) as engine:
         assert engine.generate([{"prompt_token_ids": [3, 4, 5]}], GREEDY)[0].outputs[0].token_ids == tokens
+
+
+LONGROPE = {
+    "rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0, 1.1, 1.2, 1.3],
+    "long_factor": [2.0, 5.0, 9.0, 20.0], "original_max_position_embeddings": 64,
+}  # fmt: skip
+
+
+def test_a_rope_that_looks_at_the_longest_position_of_the_batch_is_refused() -> None:
+    options = {"num_local_experts": 2, "num_experts_per_tok": 1, "num_hidden_layers": 1}
+    model = make(
+        "PhimoeForCausalLM", rope_parameters={**LONGROPE, "short_mscale": 1.0, "long_mscale": 1.3}, **options
+    )
+    with pytest.raises(CheckpointError, match="PhimoeRotaryEmbedding turns a token by the longest position"):
+        Engine(model)
+    Engine(model, max_model_len=64).close()
+    model = make(
+        "PhimoeForCausalLM", rope_parameters={**LONGROPE, "short_mscale": 1.2, "long_mscale": 1.2}, **options
+    )
+    Engine(model).close()
+
+
+def test_positions_that_change_the_result_of_others_are_found_before_the_model_is_trusted() -> None:
+    from transformers import LlamaForCausalLM
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    class Looking(LlamaRotaryEmbedding):
+        def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> Any:
+            cos, sin = super().forward(x, position_ids)
+            return (cos, sin) if position_ids.max() < 100 else (1.5 * cos, 1.5 * sin)
+
+    model = LlamaForCausalLM(LlamaForCausalLM.config_class(**TINY, initializer_range=0.3)).eval()
+    load(model)
+    model.model.rotary_emb = Looking(model.config)
+    with pytest.raises(Refused, match="depends on the positions that run beside it"):
+        load(model)
+
+
+@pytest.mark.parametrize(("max_model_len", "told"), [(65, True), (64, False)])
+def test_longrope_that_is_fixed_for_all_sequences_is_told(
+    max_model_len: int, told: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("WARNING", logger="kvpage"):
+        Engine(make("ArceeForCausalLM", rope_parameters=LONGROPE), max_model_len=max_model_len).close()
+    assert ("longrope through transformers' own code is fixed at load" in caplog.text) == told
+
+
+@pytest.mark.parametrize("folder", [True, False])
+def test_an_engine_can_be_made_in_inference_mode_and_under_another_default_device(
+    tmp_path: Path, folder: bool
+) -> None:
+    model = make("ArceeForCausalLM")
+    model.save_pretrained(tmp_path)
+    prompt = {"prompt_token_ids": [3, 4, 5]}
+    found = []
+    for mode in (torch.no_grad(), torch.inference_mode(), torch.device("meta")):
+        with mode:  # type: ignore[attr-defined]
+            engine = Engine(tmp_path if folder else model, skip_tokenizer_init=True)
+        with engine:
+            found.append(engine.generate([prompt], GREEDY)[0].outputs[0].token_ids)
+    assert found[0] == found[1] == found[2]

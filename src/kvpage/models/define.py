@@ -85,8 +85,24 @@ def choose_path(
                 raise
             no_family = str(unknown)
         else:
-            return define(family, translate, config, options)
+            try:
+                return define(family, translate, config, options)
+            except CheckpointError as refused:
+                if not _fallback_takes(config, options, folder, module):
+                    raise
+                raise CheckpointError(
+                    f"{refused}. transformers' own code takes it: give model_impl='transformers'"
+                ) from refused
     return _define_fallback(config, options, folder, module, no_family)
+
+
+def _fallback_takes(config: HFConfig, options: EngineOptions, folder: Path | None, module: Any) -> bool:
+    """Whether ``model_impl="transformers"`` is a way out for what a family refuses, as far as a probe can tell."""
+    try:
+        _define_fallback(config, options, folder, module, "")
+    except KvpageError:
+        return False
+    return True
 
 
 def describe_path(definition: ModelDefinition | FallbackDefinition) -> str:
@@ -117,9 +133,12 @@ def _define_fallback(
             max_model_len=options.max_model_len,
         )
     except Refused as refused:
-        asked = no_family or f"{config.source}: model_impl='transformers'"
-        raise CheckpointError(f"{asked}. Through transformers it cannot run either: {refused}" if no_family else
-                              f"{asked}: it cannot run through transformers: {refused}") from refused  # fmt: skip
+        name = ", ".join(config.architectures)
+        if not name:
+            raise CheckpointError(f"{config.source}: {refused}") from refused
+        place = "" if config.source == name else f"{config.source}: "
+        reason = f"{place}{name} cannot run through transformers: {refused}"
+        raise CheckpointError(f"{reason}. And {no_family}" if no_family else reason) from refused
     context = definition.spec.max_position
     resolve_context(options, context)
     return definition, context

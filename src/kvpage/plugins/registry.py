@@ -193,15 +193,20 @@ class PluginRegistry:
         """The family that translates the first known one of a config's ``architectures``.
 
         Raises:
-            CheckpointError: none is known; the message lists those that are.
+            CheckpointError: none is known; the message lists the families that there are.
         """
         by_architecture = {name: record for record in self.models() for name in record.architectures}
         for name in architectures:
             if name in by_architecture:
                 return by_architecture[name]
+        asked = (
+            f"architecture {', '.join(architectures)}"
+            if architectures
+            else "a config without 'architectures'"
+        )
         raise CheckpointError(
-            f"architecture {', '.join(architectures) or '(none stated)'} is not supported; known: "
-            f"{', '.join(sorted(by_architecture))}. A plugin can add it through the hook kvpage_models"
+            f"{asked} is not supported by a model family; a plugin can add one through the hook kvpage_models. There "
+            f"are: {', '.join(sorted({record.name for record in by_architecture.values()}))}"
         )
 
     def find_family(self, architectures: Sequence[str]) -> tuple[str, Callable[..., object]]:

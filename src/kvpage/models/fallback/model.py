@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 
 from kvpage.api.model import AttentionSpec, StepContext
-from kvpage.models.fallback.attention import STEP, PagedStep
+from kvpage.models.fallback.attention import STEP, PagedStep, Refused
 from kvpage.models.fallback.probe import split
-from kvpage.models.fallback.proof import prove
+from kvpage.models.fallback.proof import prove, prove_apart
 from kvpage.models.fallback.source import Allocate, FallbackDefinition, load_module
 from kvpage.models.fallback.spec import FallbackSpec
 
@@ -72,6 +73,7 @@ def load_fallback(
     began = time.perf_counter()
     with torch.inference_mode():
         prove(model, module, definition.spec, dtype)
+        prove_apart(model, definition.spec, dtype, max_model_len, device)
     LOG.info("compared with transformers' own attention in %.2f s", time.perf_counter() - began)
     return model
 
@@ -81,6 +83,9 @@ def fix_rope(module: Any, max_model_len: int) -> None:
 
     "dynamic" and "longrope" are run once at the last position, then treated as plain: what a token's keys are does
     not depend on what else runs.
+
+    Raises:
+        Refused: a rotary module still turns a token by what else runs.
     """
     for part in module.modules():
         kinds = getattr(part, "rope_type", None)
@@ -88,11 +93,38 @@ def fix_rope(module: Any, max_model_len: int) -> None:
         changing = [t for t, kind in by_layer_type.items() if kind == "longrope" or "dynamic" in str(kind)]
         if not changing:
             continue
-        frequencies = next(part.buffers())
-        last = torch.full((1, 1), max_model_len - 1, device=frequencies.device)
-        with torch.no_grad():
-            for layer_type in changing:
-                keywords = {} if layer_type is None else {"layer_type": layer_type}
-                part(frequencies.new_zeros((1, 1, 1)), last, **keywords)
+        last = torch.full((1, 1), max_model_len - 1, device=next(part.buffers()).device)
+        early = torch.ones_like(last)
+        in_short_sequences = {t: _turns(part, early, t) for t in changing}
+        for layer_type in changing:
+            _turns(part, last, layer_type)
         fixed = {t: "default" if t in changing else kind for t, kind in by_layer_type.items()}
         part.rope_type = fixed if isinstance(kinds, dict) else "default"
+        for layer_type in changing:
+            alone = _turns(part, early, layer_type)
+            packed = _turns(part, torch.cat((early, last), 1), layer_type)
+            if not _equal(alone, [tensor[:, :1] for tensor in packed]):
+                raise Refused(
+                    f"{type(part).__name__} turns a token by the longest position that runs beside it (rope_type "
+                    f"{by_layer_type[layer_type]!r}), so that its result would depend on its batch; a max_model_len "
+                    "within the model's original context avoids that"
+                )
+            if by_layer_type[layer_type] == "longrope" and not _equal(alone, in_short_sequences[layer_type]):
+                LOG.warning(
+                    "longrope through transformers' own code is fixed at load: max_model_len %d is beyond the "
+                    "model's original context, so that short sequences have the long factors, too; a smaller "
+                    "max_model_len, within that context, gives all of them the short ones",
+                    max_model_len,
+                )
+
+
+def _turns(part: Any, positions: torch.Tensor, layer_type: str | None) -> tuple[torch.Tensor, ...]:
+    """What a rotary module gives for positions [1, T]: cos and sin, or one complex tensor."""
+    keywords = {} if layer_type is None else {"layer_type": layer_type}
+    with torch.no_grad():
+        found = part(next(part.buffers()).new_zeros((1, 1, 1)), positions, **keywords)
+    return found if isinstance(found, tuple) else (found,)
+
+
+def _equal(some: Iterable[torch.Tensor], others: Iterable[torch.Tensor]) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(some, others, strict=True))

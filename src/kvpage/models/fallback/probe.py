@@ -147,8 +147,9 @@ def probe(model_class: Any, config: Any, max_position: int) -> Probed:
         config._experts_implementation = "eager"  # it asks which experts are hit, and _Choices says none
     layers = getattr(config.get_text_config(), "num_hidden_layers", None)
     try:
-        # No values: torch's generators are not drawn from. Conditions on values are _Choices.
-        with torch.device("meta"), torch.no_grad(), _Choices():  # type: ignore[no-untyped-call]
+        # No values: torch's generators are not drawn from. Conditions on values are _Choices, which a host's
+        # inference mode would pass by.
+        with torch.inference_mode(False), torch.device("meta"), torch.no_grad(), _Choices():  # type: ignore[no-untyped-call]
             model = model_class._from_config(config, attn_implementation=PROBE).eval()
             base, head = split(model)
             takes_positions(base)

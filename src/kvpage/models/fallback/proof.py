@@ -5,7 +5,10 @@ attention over what was stored; and each alone, whole, with transformers' own ea
 differ, tokens reach each other in a way that the probe did not see (a convolution, a recurrent state, a mean over
 the batch), or attention is not what it was taken for.
 
-It costs four forward passes of at most 24 tokens.
+Then a sequence at the first positions and one at the last ones run packed, and each alone. Where these logits differ,
+a token's result depends on the positions beside it (a rope of the model's own that looks at the longest).
+
+It costs seven forward passes of at most 24 tokens.
 """
 
 from __future__ import annotations
@@ -58,14 +61,49 @@ def prove(model: _Model, module: Any, spec: FallbackSpec, dtype: torch.dtype) ->
         parts = logits.split([stop - start for _, start, stop in pieces])
         for (row, start, stop), part in zip(pieces, parts, strict=True):
             found[row, start:stop] = part
-    spread = (expected - expected.mean(-1, keepdim=True)).norm(dim=-1).clamp_min(1e-12)
-    differences = ((found - expected).norm(dim=-1) / spread).flatten().nan_to_num(torch.inf)
-    worst = differences.max() if dtype == torch.float32 else differences.quantile(0.75)
-    if worst > TOLERANCES.get(dtype, TOLERANCES[torch.bfloat16]):
+    worst = _difference(found, expected, dtype)
+    if worst:
         raise Refused(
             f"it mixes tokens outside attention, or attends in a way of its own: in pieces its logits differ by "
             f"{worst:.1e} of their spread from those of transformers"
         )
+
+
+def prove_apart(
+    model: _Model, spec: FallbackSpec, dtype: torch.dtype, max_model_len: int, device: torch.device | str
+) -> None:
+    """Compare two sequences packed, one at the first positions and one at the last, with each alone.
+
+    Raises:
+        Refused: they differ.
+    """
+    length = min(LENGTH, max_model_len // 2)
+    if not length:
+        return
+    ids = _tokens(spec.vocab_size, length).to(device)
+    first = torch.arange(length, device=device)
+    places = torch.stack((first, first + max_model_len - length))
+
+    def run(*rows: int) -> torch.Tensor:
+        context = _DenseStep(_Memory(), [(row, 0, length) for row in rows])
+        return model.logits(
+            model.forward(ids[list(rows)].flatten(), places[list(rows)].flatten(), context)
+        ).float()
+
+    worst = _difference(run(0, 1), torch.cat((run(0), run(1))), dtype)
+    if worst:
+        raise Refused(
+            f"a token's result depends on the positions that run beside it: beside a sequence near position "
+            f"{max_model_len} its logits differ by {worst:.1e} of their spread"
+        )
+
+
+def _difference(found: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype) -> float:
+    """How much logits [..., V] differ, relative to their spread; 0.0 where that is no more than rounding."""
+    spread = (expected - expected.mean(-1, keepdim=True)).norm(dim=-1).clamp_min(1e-12)
+    differences = ((found - expected).norm(dim=-1) / spread).flatten().nan_to_num(torch.inf)
+    worst = float(differences.max() if dtype == torch.float32 else differences.quantile(0.75))
+    return worst if worst > TOLERANCES.get(dtype, TOLERANCES[torch.bfloat16]) else 0.0
 
 
 def _tokens(vocab_size: int, length: int) -> torch.Tensor:

@@ -59,12 +59,22 @@ def define_fallback(
         if getattr(own, "is_encoder_decoder", False):
             raise Refused("it is an encoder-decoder")
         if not getattr(model_class, "_supports_attention_backend", False):
-            raise Refused("its attention does not go through transformers' attention-function registry")
+            raise Refused(_why_not(model_class, own))
         context = stated_context(config, max_model_len)
         probed = probe(model_class, own, context)
     return FallbackDefinition(
         make_spec(model_class.__name__, probed, context), model_class, own, folder, module
     )
+
+
+def _why_not(model_class: Any, own: Any) -> str:
+    """Why a class that transformers does not mark for other attention functions cannot run."""
+    if not getattr(model_class, "_is_stateful", False):
+        return "its attention does not go through transformers' attention-function registry"
+    kinds = getattr(own, "layer_types", None) or getattr(own, "layers_block_type", None) or ()
+    other = sorted({str(kind) for kind in kinds if "attention" not in str(kind) or "linear" in str(kind)})
+    named = f" (of kind {', '.join(other)})" if other else ""
+    return f"layers{named} keep a state of their own from token to token, and kvpage keeps K and V only"
 
 
 def load_module(
@@ -83,7 +93,7 @@ def load_module(
         model = _structural_copy(definition.module, dtype, device)
         _attend_as(model, PAGED)
         return model.eval()
-    with quiet_transformers():
+    with quiet_transformers(), torch.device("cpu"):
         model = _made_up(definition, dtype) if dummy else _from_folder(definition, dtype)
     model = model.eval().to(device)
     if torch.device(device).type == "cpu":
@@ -142,6 +152,11 @@ def _find(config: HFConfig, folder: Path | None, module: Any, trust_remote_code:
     remote = config.get(dict, "auto_map", {}).get("AutoModelForCausalLM")
     names = config.architectures
     known = next((name for name in names if hasattr(transformers, name)), None)
+    if known is None and remote is None and not names:
+        raise Refused(
+            "its config states no 'architectures', so that nobody knows what it is: add that key, such as "
+            '"architectures": ["LlamaForCausalLM"]'
+        )
     if known is None and remote is None:
         raise Refused(
             f"transformers {transformers.__version__} has no class of that name, and the checkpoint brings none"
@@ -176,10 +191,9 @@ def _names(entry: object) -> tuple[str, ...]:
 
 def _made_up(definition: FallbackDefinition, dtype: torch.dtype) -> Any:
     torch.default_generator.manual_seed(0)
-    with torch.device("cpu"):
-        return definition.model_class._from_config(
-            copy.deepcopy(definition.config), dtype=dtype, attn_implementation=PAGED
-        )
+    return definition.model_class._from_config(
+        copy.deepcopy(definition.config), dtype=dtype, attn_implementation=PAGED
+    )
 
 
 def _from_folder(definition: FallbackDefinition, dtype: torch.dtype) -> Any:

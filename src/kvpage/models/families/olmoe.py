@@ -22,9 +22,7 @@ def translate(cfg: HFConfig, *, max_model_len: int | None) -> ModelDefinition:
     cfg = cfg.renamed({"num_experts": "num_local_experts"}).with_defaults(DEFAULTS)
     clip = cfg.get(float, "clip_qkv", None)
     if clip is not None:
-        raise CheckpointError(
-            f"{cfg.source}: clip_qkv {clip} is not supported, only null; transformers runs this checkpoint"
-        )
+        raise CheckpointError(f"{cfg.source}: clip_qkv {clip} is not supported, only null")
     bias = cfg.get(bool, "attention_bias", False)
     plain = llama_like(
         cfg,
