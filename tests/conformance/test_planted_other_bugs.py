@@ -12,6 +12,7 @@ import torch
 from grouped_int4 import GroupedForm, GroupedInt4, grouped_sample
 from planted import finds
 
+from kvpage.api.attention import AttentionLayer
 from kvpage.api.decoder import Reasons
 from kvpage.api.model import DecoderEnv, DecoderSpec, LayerSpec, StepContext
 from kvpage.api.quant import CheckpointView, LinearEnv, LinearSpec, TensorSpec, WeightForm
@@ -268,9 +269,39 @@ class TouchesPadding(TorchDecoder):
         return Model()
 
 
+class TurnsByPosition(TorchDecoder):
+    """Reaches the cache by itself, and takes positions for the rows of the rotary tables."""
+
+    def build(self, spec: DecoderSpec, weights: Mapping[str, WeightForm], env: DecoderEnv) -> Any:
+        decoder = super().build(spec, weights, env)
+
+        class Context:
+            def __init__(self, positions: torch.Tensor, ctx: StepContext) -> None:
+                self.positions, self.ctx = positions, ctx
+
+            def attend(self, layer: Any, q: Any, k: Any, v: Any, sinks: Any = None) -> torch.Tensor:
+                group, index = self.ctx.group(layer.kv_group), layer.kv_index
+                kv, rope, batch = group.tensors[index], group.ropes[index], group.batch
+                q, _ = group.backend.rope_write(q, k, v, self.positions, rope, kv, batch)
+                own = AttentionLayer(index=index, scale=layer.scale, window=layer.window)
+                out = torch.empty(len(q), layer.num_heads, layer.v_head_dim, dtype=q.dtype)
+                group.backend.attend(q, kv, own, batch, group.plan, out)
+                return out
+
+        class Model:
+            def forward(self, ids: torch.Tensor, positions: torch.Tensor, ctx: StepContext) -> torch.Tensor:
+                return decoder.forward(ids, positions, Context(positions, ctx))
+
+            def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+                return decoder.logits(hidden)
+
+        return Model()
+
+
 @pytest.mark.parametrize(
     ("decoder", "case", "message"),
     [
+        (TurnsByPosition, "whole_prompt[llama-float32]", "prompt: first wrong value at token 0"),
         (changed(lambda s: layers(s, residual="sequential")), "whole_prompt[parallel-float32]", "prompt: first wrong value at token 0"),
         (changed(lambda s: layers(s, residual_multiplier=1.0)), "whole_prompt[multipliers-float32]", "prompt: first wrong value at token 0"),
         (changed(lambda s: replace(s, head=replace(s.head, softcap=None))), "whole_prompt[mixed-window-float32]", "logits: first wrong value"),
@@ -278,7 +309,7 @@ class TouchesPadding(TorchDecoder):
         (TouchesPadding, "padding_writes_nothing[llama]", "padding writes nothing: .*slot -1 was written to"),
         (RefusesSilently, "something_is_built", r"reasons: biased-qk-norm in float32 was refused with \(\)"),
     ],
-    ids=["sequential", "multiplier", "softcap", "row-by-row", "padding", "no-reasons"],
+    ids=["turns-by-position", "sequential", "multiplier", "softcap", "row-by-row", "padding", "no-reasons"],
 )  # fmt: skip
 def test_a_decoders_bug_is_named(decoder: type, case: str, message: str) -> None:
     finds(

@@ -17,6 +17,8 @@ from kvpage.testing.decoder_models import CONTEXT, VOCAB
 from kvpage.testing.decoder_oracle import rope_angles
 
 MAX_ROWS, MAX_TOKENS = 16, 256
+ROPE_ROWS_BEFORE = 5
+"""Rows of the rotary tables before those of this step's positions, as of short sequences beside long ones (longrope)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,16 +98,17 @@ class DecoderRig:
         self.groups = [Group(self, index) for index in range(len(spec.kv_groups))]
 
     def rope(self, mixer: AttentionSpec) -> Rope | None:
-        """Tables for every position, one a RopeSpec."""
+        """Tables for every position, one a RopeSpec; that of position p is row ``ROPE_ROWS_BEFORE`` + p."""
         if mixer.rope is None:
             return None
         for known, table in self._ropes:
             if known == mixer.rope:
                 return table
         angles = rope_angles(mixer.rope, torch.arange(CONTEXT, device="cpu"))
+        others = torch.full((ROPE_ROWS_BEFORE, angles.shape[1]), torch.nan, device="cpu")
         table = Rope(
-            cos=angles.cos().float().to(self.device),
-            sin=angles.sin().float().to(self.device),
+            cos=torch.cat((others, angles.cos().float())).to(self.device),
+            sin=torch.cat((others, angles.sin().float())).to(self.device),
             rotary_dim=mixer.rope.rotary_dim,
             interleaved=mixer.rope.interleaved,
         )
@@ -181,7 +184,8 @@ class StepOfSuite:
     """``kvpage.api.model.StepContext`` of one step."""
 
     def __init__(self, rig: DecoderRig, positions: torch.Tensor, batches: Sequence[AttentionBatch]) -> None:
-        self._groups, self._positions, self._batches = rig.groups, positions, batches
+        self._groups, self._batches = rig.groups, batches
+        self._rope_positions = positions + ROPE_ROWS_BEFORE
         self._plans = [g.backend.plan(batch) for g, batch in zip(rig.groups, batches, strict=True)]
 
     def attend(
@@ -197,7 +201,7 @@ class StepOfSuite:
         layer, kv = group.layers[spec.kv_index], group.tensors[spec.kv_index]
         if sinks is not None:
             layer = replace(layer, sinks=sinks)
-        q, _ = group.backend.rope_write(q, k, v, self._positions, group.ropes[spec.kv_index], kv, batch)
+        q, _ = group.backend.rope_write(q, k, v, self._rope_positions, group.ropes[spec.kv_index], kv, batch)
         out = torch.full(
             (q.shape[0], spec.num_heads, spec.v_head_dim), torch.nan, dtype=q.dtype, device=q.device
         )
@@ -209,5 +213,10 @@ class StepOfSuite:
         """For decoders that reach the cache themselves."""
         group = self._groups[index]
         return KVGroupStep(
-            group.backend, self._batches[index], self._plans[index], group.tensors, group.ropes
+            group.backend,
+            self._batches[index],
+            self._plans[index],
+            group.tensors,
+            group.ropes,
+            self._rope_positions,
         )
