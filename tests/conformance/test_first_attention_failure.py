@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import unittest
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -12,11 +13,14 @@ from attention_mutants import MUTANTS
 from kvpage.api.attention import AttentionBackend, AttentionEnv
 from kvpage.builtin.reference_attention import ReferenceAttention
 from kvpage.testing.attention import AttentionBackendConformance
+from kvpage.testing.guest_manners import HostState
 from kvpage.testing.suite import ConformanceError
 
 FIRST = {
     "lengths spoilt": "inputs_are_only_read",
     "torch seeded": "guest_manners",
+    "default dtype set": "guest_manners",
+    "environment edited": "guest_manners",
     "one slot a block too few": "layout_has_one_entry_a_block",
     "last slot of a block written one too low": "write_touches_only_its_slots[float32]",
     "first slot of a block written to the block before": "write_touches_only_its_slots[float32]",
@@ -108,6 +112,16 @@ def test_an_object_is_no_class() -> None:
 def test_a_wrong_layout_is_one_failure() -> None:
     backend = next(mutant for mutant in MUTANTS if mutant.name == "one slot a block too few").make()
     assert list(failures(backend, all_of_them=True)) == ["test_layout_has_one_entry_a_block"]
+
+
+@pytest.mark.parametrize("name", ["default dtype set", "environment edited", "torch seeded"])
+def test_a_guest_without_manners_disturbs_no_other_test(name: str) -> None:
+    backend = next(mutant for mutant in MUTANTS if mutant.name == name).make()
+    before = HostState.now()
+    for case in ("inputs_are_only_read", "layout_has_one_entry_a_block", "causal_mask"):
+        with suppress(ConformanceError, RuntimeError):
+            cases_of(backend)[f"test_{case}"]()
+    assert HostState.now() == before
 
 
 def cases_of(backend: Any) -> dict[str, Callable[[], None]]:

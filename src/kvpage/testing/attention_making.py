@@ -39,6 +39,11 @@ class AttentionMaking(AttentionSubject):
                 f"preferred_block_size {caps.preferred_block_size} is not in {sorted(caps.block_sizes)}",
             )
 
+    def test_guest_manners(self) -> None:
+        """No method changes what belongs to the process: default dtype and device, grad mode, threads, generators
+        of random numbers, environment."""
+        _every_method(*self._busy(manners=True))
+
     def test_layout_has_one_entry_a_block(self) -> None:
         """Dimension 0 is the block, so that copies, freeing and transfers can speak of blocks in any layout; there is
         room for K and V of every slot, in a dtype that is claimed."""
@@ -55,11 +60,6 @@ class AttentionMaking(AttentionSubject):
     def test_inputs_are_only_read(self) -> None:
         """Every method leaves the tensors that it is given, the batch's too, as they were to the bit."""
         _every_method(*self._busy())
-
-    def test_guest_manners(self) -> None:
-        """No method changes what belongs to the process: default dtype and device, grad mode, threads, generators
-        of random numbers, environment."""
-        _every_method(*self._busy(manners=True))
 
     def test_attend_only_reads(self) -> None:
         """attend leaves the cache, q and the batch's tensors as they were."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -12,6 +12,7 @@ from kvpage.testing.attention_class import Mistake, class_mistake, made_mistake
 from kvpage.testing.attention_layout import Shape, environment
 from kvpage.testing.attention_report import check_step
 from kvpage.testing.attention_rig import Rig, Row, Step
+from kvpage.testing.guest_manners import HostState
 from kvpage.testing.suite import ConformanceError, ConformanceSuite, not_claimed
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -47,6 +48,18 @@ class AttentionSubject(ConformanceSuite):
         "float32": (2e-5, 2e-5), "float16": (3e-3, 3e-3), "bfloat16": (2e-2, 2e-2),
     }  # fmt: skip
     kv_tolerances: ClassVar[Tolerances] = {"int8": (6e-2, 6e-2), "fp8_e4m3": (2.5e-1, 1e-1)}
+
+    def setup_method(self) -> None:
+        """pytest's hook before each test: a backend without manners disturbs no other test."""
+        self._host = HostState.now()
+
+    def teardown_method(self) -> None:
+        """pytest's hook after each test."""
+        self._host.restore()
+
+    def cases(self) -> Iterator[tuple[str, Callable[[], None]]]:
+        for name, case in super().cases():
+            yield name, _restoring(case)
 
     @property
     def claims(self) -> AttentionCaps:
@@ -164,6 +177,18 @@ class AttentionSubject(ConformanceSuite):
         return made_mistake(
             self.backend, environment(shape, device, **sizes, max_model_len=8 * shape.block_size)
         )
+
+
+def _restoring(case: Callable[[], None]) -> Callable[[], None]:
+    def run() -> None:
+        __tracebackhide__ = True
+        host = HostState.now()
+        try:
+            case()
+        finally:
+            host.restore()
+
+    return run
 
 
 def _axis(standard: Sequence[Any], claimed: Iterable[Any] | None, chosen: Iterable[Any] | None) -> list[Any]:

@@ -29,7 +29,7 @@ AXES: Mapping[str, tuple[str, ...]] = {
 
 
 class WatchedBackend:
-    """The methods of ``subject``, each followed by a look at its inputs; ``manners``: and at the process around it.
+    """The methods of ``subject``, each followed by a look at its inputs; ``manners``: at the process around it instead.
 
     Raises:
         ConformanceError: naming the method, what it changed, the first index and both values.
@@ -46,7 +46,7 @@ class WatchedBackend:
 
     def plan(self, batch: AttentionBatch) -> object:
         __tracebackhide__ = True
-        seen = _Inputs("plan", {}, batch)
+        seen = self._inputs("plan", {}, batch)
         with self._guest("plan"):
             plan = self.subject.plan(batch)
         seen.check()
@@ -54,7 +54,7 @@ class WatchedBackend:
 
     def write_kv(self, kv: torch.Tensor, k: torch.Tensor, v: torch.Tensor, batch: AttentionBatch) -> None:
         __tracebackhide__ = True
-        seen = _Inputs("write_kv", {"k": k, "v": v}, batch)
+        seen = self._inputs("write_kv", {"k": k, "v": v}, batch)
         with self._guest("write_kv"):
             self.subject.write_kv(kv, k, v, batch)
         seen.check()
@@ -72,7 +72,7 @@ class WatchedBackend:
         __tracebackhide__ = True
         # q and k may be rotated in place.
         tables = {} if rope is None else {"rope.cos": rope.cos, "rope.sin": rope.sin}
-        seen = _Inputs("rope_write", {"v": v, "positions": positions, **tables}, batch)
+        seen = self._inputs("rope_write", {"v": v, "positions": positions, **tables}, batch)
         with self._guest("rope_write"):
             turned = self.subject.rope_write(q, k, v, positions, rope, kv, batch)
         seen.check()
@@ -89,17 +89,22 @@ class WatchedBackend:
     ) -> None:
         __tracebackhide__ = True
         sinks = {} if layer.sinks is None else {"layer.sinks": layer.sinks}
-        seen = _Inputs("attend", {"q": q, "the cache": kv, **sinks}, batch)
+        seen = self._inputs("attend", {"q": q, "the cache": kv, **sinks}, batch)
         with self._guest("attend"):
             self.subject.attend(q, kv, layer, batch, plan, out)
         seen.check()
 
     def copy_blocks(self, kv: torch.Tensor, source: torch.Tensor, target: torch.Tensor) -> None:
         __tracebackhide__ = True
-        seen = _Inputs("copy_blocks", {"source": source, "target": target}, None)
+        seen = self._inputs("copy_blocks", {"source": source, "target": target}, None)
         with self._guest("copy_blocks"):
             self.subject.copy_blocks(kv, source, target)
         seen.check()
+
+    def _inputs(
+        self, method: str, tensors: Mapping[str, torch.Tensor], batch: AttentionBatch | None
+    ) -> _Inputs:
+        return _Inputs(method, {}, None) if self._manners else _Inputs(method, tensors, batch)
 
     def _guest(self, method: str) -> AbstractContextManager[HostState | None]:
         return host_kept(method) if self._manners else nullcontext()
