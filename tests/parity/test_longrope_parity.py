@@ -60,6 +60,21 @@ def test_a_context_within_the_original_never_switches(
     assert [o.outputs[0].token_ids for o in outputs] == greedy_oracle(model, prompts, TOKENS)
 
 
+def test_a_class_that_keeps_its_cache_at_the_crossing_is_compared_without_one(
+    make_model: Callable[..., tuple[Any, Path]],
+) -> None:
+    rope = {**LONGROPE_16, "original_max_position_embeddings": ORIGINAL}
+    model, folder = make_model("LlamaForCausalLM", seed=4, rope_parameters=rope)
+    prompts = prompts_of((24, 25, 50, 64, 80))
+    with Engine(str(folder), dtype="float32", skip_tokenizer_init=True) as engine:
+        outputs = engine.generate(as_ids(prompts), GREEDY)
+    for prompt, output in zip(prompts, outputs, strict=True):
+        known = list(prompt)
+        for token in output.outputs[0].token_ids:
+            assert token == int(model(torch.tensor([known])).logits[0, -1].argmax()), len(known)
+            known.append(token)
+
+
 def test_every_choice_of_a_request_crosses_by_itself(make_model: Callable[..., tuple[Any, Path]]) -> None:
     _, folder = make_model("Phi3ForCausalLM", seed=4, **CONFIG)
     prompts = prompts_of((50, 63, 64, 65))
