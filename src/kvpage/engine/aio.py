@@ -277,7 +277,7 @@ class AsyncEngine:
 
     def inspect(self) -> BlockMap:
         """The block map between two steps; ``.to_text()``, ``.to_svg()``."""
-        from kvpage.inspect.snapshot import map_blocks  # the picture is drawn on demand, in the caller's thread
+        from kvpage.inspect.snapshot import map_blocks  # drawn on demand, in the caller's thread
 
         return map_blocks(self._worker.call(lambda core: core.scheduler.snapshot()).result())
 
