@@ -30,9 +30,6 @@ class Reader(Protocol):
     def wake(self) -> None:
         """In the loop: the request gained something."""
 
-    def unbind(self) -> None:
-        """The loop is gone."""
-
     def cancel(self) -> None:
         """End the request."""
 
@@ -201,24 +198,32 @@ class CoreThread:
 
     def _wake(self, states: Sequence[AnyState]) -> None:
         """One call into each event loop that has a reader of these requests."""
-        by_loop: dict[Loop, list[Reader]] = {}
-        for state in states:
-            reader = self._watched.pop(state, None) if state.done else self._watched.get(state)
-            loop = None if reader is None else reader.loop  # its own thread may change it
-            if reader is not None and loop is not None:
-                by_loop.setdefault(loop, []).append(reader)
-        for loop, readers in by_loop.items():
-            pace = self._paces.setdefault(loop, Pace())
-            told = pace.caught_up if pace.wait() else None
-            if told is not None:
-                told.clear()
-            try:
-                loop.call_soon_threadsafe(_wake_all, loop, readers, told)
-            except RuntimeError:
-                # The loop is closed, so nobody reads these any more: their requests end.
-                for reader in readers:
-                    reader.unbind()
-                    reader.cancel()
+        readers = [
+            reader
+            for state in states
+            if (reader := self._watched.pop(state, None) if state.done else self._watched.get(state))
+        ]
+        paces = {loop: self._paces.setdefault(loop, Pace()) for loop in [r.loop for r in readers] if loop}
+        keeping_up = {loop: pace for loop, pace in paces.items() if pace.wait()}
+        # Readers are looked at again: while we waited, one may have gone to another loop.
+        while readers:
+            by_loop: dict[Loop, list[Reader]] = {}
+            for reader in readers:
+                if (loop := reader.loop) is not None:
+                    by_loop.setdefault(loop, []).append(reader)
+            readers = []
+            for loop, woken in by_loop.items():
+                told = None
+                if loop in keeping_up:
+                    told = keeping_up[loop].caught_up
+                    told.clear()
+                try:
+                    loop.call_soon_threadsafe(_wake_all, loop, woken, told)
+                except RuntimeError:  # the loop is closed
+                    readers += [reader for reader in woken if reader.loop is not loop]
+                    for reader in woken:
+                        if reader.loop is loop:
+                            reader.cancel()  # nobody reads this any more: its request ends
 
 
 def _wake_all(loop: Loop, readers: Sequence[Reader], told: threading.Event | None) -> None:
