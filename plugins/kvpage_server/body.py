@@ -28,7 +28,9 @@ def documented(body: type[BaseModel], answer: type[BaseModel], *, streams: bool 
     """Keywords of a route that reads its body itself, for the OpenAPI document."""
     schema = body.model_json_schema(ref_template="#/components/schemas/{model}")
     request_body = {"required": True, "content": {"application/json": {"schema": schema}}}
-    content: dict[str, Any] = {"text/event-stream": {}} if streams else {}  # events, of which a schema cannot tell
+    content: dict[str, Any] = (
+        {"text/event-stream": {}} if streams else {}
+    )  # events, of which a schema cannot tell
     return {
         "openapi_extra": {"requestBody": request_body},
         "responses": {200: {"model": answer, "content": content}, **ERRORS},

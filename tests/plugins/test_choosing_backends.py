@@ -111,7 +111,9 @@ def test_a_named_backend_is_taken_or_is_an_error_with_its_reasons() -> None:
         made.select_attention_backend(NEED, "small")
     with pytest.raises(ConfigError, match=r"'fast' is not registered; known: small, plain, reference"):
         made.select_attention_backend(NEED, "fast")
-    with pytest.raises(ConfigError, match=r"no attention backend can serve this engine:\n  small: device tpu"):
+    with pytest.raises(
+        ConfigError, match=r"no attention backend can serve this engine:\n  small: device tpu"
+    ):
         made.select_attention_backend(replace(NEED, device="tpu"))
 
 

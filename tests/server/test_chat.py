@@ -13,7 +13,9 @@ from kvpage import AsyncEngine
 
 @pytest.fixture(scope="module")
 def trusting(engine: AsyncEngine) -> Iterator[LiveServer]:
-    with live_server(engine, trust_request_chat_template=True, response_role="bot", strict_fields=True) as server:
+    with live_server(
+        engine, trust_request_chat_template=True, response_role="bot", strict_fields=True
+    ) as server:
         yield server
 
 
@@ -108,14 +110,19 @@ def test_a_template_from_a_request_is_refused_unless_the_server_allows_it(
     error = refused(server.post("/v1/chat/completions", body), 400)
     assert error["param"] == "chat_template"
     answer = trusting.chat(
-        chat_template=body["chat_template"], chat_template_kwargs={"mood": "?"}, return_prompt_text=True, max_tokens=1
+        chat_template=body["chat_template"],
+        chat_template_kwargs={"mood": "?"},
+        return_prompt_text=True,
+        max_tokens=1,
     )
     assert answer["prompt_text"] == "Hello!?"
     assert answer["choices"][0]["message"]["role"] == "bot"
 
 
 @pytest.mark.parametrize("name", ["messages", "chat_template", "tools", "add_generation_prompt"])
-def test_template_arguments_cannot_stand_in_for_fields_that_are_checked(server: LiveServer, name: str) -> None:
+def test_template_arguments_cannot_stand_in_for_fields_that_are_checked(
+    server: LiveServer, name: str
+) -> None:
     body = {**HELLO, "chat_template_kwargs": {name: "x"}}
     assert refused(server.post("/v1/chat/completions", body), 400)["param"] == "chat_template_kwargs"
 
@@ -136,7 +143,10 @@ def test_a_reasoning_effort_that_the_template_does_not_read_is_named(server: Liv
         ({"messages": []}, "messages"),
         ({"messages": [{"role": "user"}, {"content": "x"}]}, "messages"),
         ({"messages": [{"role": "user", "content": 5}]}, "messages"),
-        ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]}, "messages"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
+            "messages",
+        ),
         ({"top_logprobs": 2}, "top_logprobs"),
         ({"logprobs": True, "top_logprobs": 21}, "logprobs"),
         ({"add_generation_prompt": True, "continue_final_message": True}, "continue_final_message"),
