@@ -16,6 +16,10 @@ Position = Mapping[int, Logprob]
 class TokenTexts(Protocol):
     """What is needed of a tokenizer."""
 
+    @property
+    def all_special_ids(self) -> frozenset[int]:
+        """Tokens that are left out of texts."""
+
     def token_text(self, token_id: int) -> str:
         """Text that a token adds."""
 
@@ -26,6 +30,8 @@ class TokenTexts(Protocol):
 class CompletionLogprobs:
     """The four lists of /v1/completions. One object a choice: offsets go on from chunk to chunk.
 
+    Offsets count characters of the answer's text, in which special tokens do not stand.
+
     Args:
         tokenizer: for tokens whose text the engine did not report.
         as_ids: write tokens as "token_id:123".
@@ -34,6 +40,7 @@ class CompletionLogprobs:
     def __init__(self, tokenizer: TokenTexts | None, *, as_ids: bool) -> None:
         self._tokenizer = tokenizer
         self._as_ids = as_ids or tokenizer is None
+        self._hidden = frozenset[int]() if tokenizer is None else tokenizer.all_special_ids
         self._offset = 0
 
     def block(self, ids: Sequence[int], positions: Sequence[Position | None]) -> dict[str, Any]:
@@ -49,7 +56,7 @@ class CompletionLogprobs:
             chosen.append(None if own is None else finite(own.logprob))
             top.append(None if position is None else self._candidates(position))
             offsets.append(self._offset)
-            self._offset += len(text)
+            self._offset += 0 if token_id in self._hidden else len(text)
         return {"tokens": tokens, "token_logprobs": chosen, "top_logprobs": top, "text_offset": offsets}
 
     def _candidates(self, position: Position) -> dict[str, float]:

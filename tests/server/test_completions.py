@@ -246,3 +246,14 @@ def test_small_endpoints_answer(server: LiveServer, path: str, key: str) -> None
 def test_health_has_no_body(server: LiveServer) -> None:
     for response in (server.client.get("/health"), server.client.get("/ping"), server.client.post("/ping")):
         assert (response.status_code, response.content) == (200, b"")
+
+
+def test_offsets_of_an_echoed_prompt_point_into_the_text(server: LiveServer) -> None:
+    found = choice(server, max_tokens=4, echo=True, logprobs=1, ignore_eos=True)
+    tokens, offsets = found["logprobs"]["tokens"], found["logprobs"]["text_offset"]
+    assert offsets[0] == 0
+    assert tokens[0] not in found["text"], (
+        "the prompt begins with a special token, which is no part of the text"
+    )
+    pairs = zip(tokens[1:], offsets[1:], strict=True)
+    assert [found["text"][at : at + len(token)] for token, at in pairs] == tokens[1:]

@@ -114,8 +114,9 @@ def _drop_output() -> None:
 
 
 def _with_flags(message: str, arguments: Sequence[str]) -> str:
-    """An error of the library as one of the command line; what a plugin's command says stays as it is."""
-    if not arguments or arguments[0].replace("_", "-") not in {command.name for command in COMMANDS}:
+    """An error of the library as one of the command line; what another's command says stays as it is."""
+    ours = {*(command.name for command in COMMANDS), *OF_THE_SERVER}
+    if not arguments or arguments[0].replace("_", "-") not in ours:
         return message
     from kvpage.cli.flag_names import with_flags  # only where there is an error to tell
 
