@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 import pytest
-from live_server import MODEL, LiveServer, answered
+from live_server import MODEL, LiveServer, answered, refused
 
 TOKENS = [1, 40, 41, 42]
 
@@ -257,3 +257,9 @@ def test_offsets_of_an_echoed_prompt_point_into_the_text(server: LiveServer) -> 
     )
     pairs = zip(tokens[1:], offsets[1:], strict=True)
     assert [found["text"][at : at + len(token)] for token, at in pairs] == tokens[1:]
+
+
+@pytest.mark.parametrize("token", [-1, -2032080248, 2**40])
+def test_an_echoed_prompt_of_ids_out_of_the_vocabulary_is_refused(server: LiveServer, token: int) -> None:
+    error = refused(server.post("/v1/completions", {"model": MODEL, "prompt": [5, token], "echo": True}), 400)
+    assert "prompt" in error["message"] or "token id" in error["message"]

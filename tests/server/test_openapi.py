@@ -63,7 +63,7 @@ def test_no_request_within_or_against_the_document_is_a_server_error(
         cases = operation.as_strategy(generation_mode=mode)
 
         @settings(
-            max_examples=12, deadline=None, database=None, phases=[Phase.generate],
+            max_examples=12, deadline=None, database=None, derandomize=True, phases=[Phase.generate],
             suppress_health_check=list(HealthCheck),
         )  # fmt: skip
         @given(case=cases)

@@ -64,12 +64,14 @@ async def answer(service: Service, request: Request, body: CompletionRequest) ->
     else:
         prompts = _prepare(given, body, service)
     answer_id = new_answer_id("cmpl", request, body.request_id)
-    style = _style(service, body, answer_id, model, n, prompts)
     handles = generation.submit(
         service, prompts, params, answer_id=answer_id,
         priority=generation.priority_of(request, body, service), cache_salt=generation.salt_of(body),
     )  # fmt: skip
     remember(request.scope, handles)
+    style = _style(
+        service, body, answer_id, model, n, prompts
+    )  # echoed ids are known to be of the vocabulary now
     headers |= generation.clamp_note(service, prompts, params.max_tokens)
     if body.stream:
         return EventStream(service, handles, CompletionChunks(style, handles), headers, answer_id)
