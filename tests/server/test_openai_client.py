@@ -84,9 +84,11 @@ def test_a_stream_may_end_with_usage(client: openai.OpenAI) -> None:
 
 
 def test_chunks_of_a_completion_have_the_client_s_types(client: openai.OpenAI) -> None:
-    for chunk in client.completions.create(
-        model=MODEL, prompt="The block", stream=True, max_tokens=8, logprobs=1
-    ):
+    chunks = list(
+        client.completions.create(model=MODEL, prompt="The block", stream=True, max_tokens=8, logprobs=1)
+    )
+    assert chunks
+    for chunk in chunks:
         # The type leaves no room for a choice that goes on, and OpenAI's own chunks say null there as well.
         chunk.choices[0].finish_reason = chunk.choices[0].finish_reason or "stop"
         strictly(Completion, chunk)
