@@ -68,6 +68,109 @@ typedef struct KvpAttention {
     int64_t q_token, q_head, out_token, out_head;
 } KvpAttention;
 
+enum { KVP_SILU = 0, KVP_GELU = 1, KVP_GELU_TANH = 2, KVP_RELU = 3, KVP_RELU2 = 4 };
+enum { KVP_NORM_OFF = 0, KVP_NORM_HEAD = 1, KVP_NORM_EACH_HEAD = 2, KVP_NORM_ALL = 3 };
+
+// One decoder layer, as kvpage.api.model.LayerSpec describes it.
+typedef struct KvpLayer {
+    KvpNorm mixer_before, mixer_after, ffn_before, ffn_after, q_norm, k_norm;
+    KvpLinear qkv;             // outputs of q, then k, then v
+    KvpLinear out;
+    KvpLinear up;              // outputs of the gate, then up, where gated
+    KvpLinear down;
+    int32_t heads, kv_heads, head_dim, v_head_dim;
+    int32_t qk_norm;           // what q_norm and k_norm are taken over
+    int32_t window;            // as in KvpAttention, like the three below
+    float scale, softcap;
+    const float* sinks;
+    int32_t rotary_dim;        // 0 = positions do not turn q and k
+    int32_t interleaved;
+    int32_t kv_group;
+    int32_t activation;
+    int32_t gated;
+    int32_t parallel;          // residual: mixer and ffn read the same x
+    float multiplier;          // of what joins the residual stream
+} KvpLayer;
+
+typedef struct KvpModel {
+    int32_t num_layers, hidden, vocab, kv_type;
+    const KvpLayer* layers;
+    const void* table;         // embedding [vocab, hidden] of table_type, row by row; null: it is `packed_table`
+    int32_t table_type;
+    float embed_scale;
+    KvpLinear packed_table;
+    const void* positions;     // learned positions [.., hidden] of positions_type, or null
+    int32_t positions_type;
+    int32_t position_offset;
+    KvpNorm final_norm;
+    KvpLinear head;
+    float head_scale, head_softcap;  // softcap 0 = off
+} KvpModel;
+
+// A KV group during one step.
+typedef struct KvpGroup {
+    int32_t num_rows, block_size;
+    const int32_t *cu_seqlens, *seq_lens, *tables;
+    int64_t table_stride;
+    const int64_t* slots;      // [T]
+} KvpGroup;
+
+typedef struct KvpStep {
+    int32_t num_tokens;        // T
+    int32_t num_wanted;        // of `wanted`
+    const int64_t *token_ids, *positions, *rope_positions;  // [T]
+    const KvpGroup* groups;    // by kv_group
+    void* const* kv;           // by layer
+    const float* const* cos;   // by layer, [.., rotary_dim / 2], or null
+    const float* const* sin;
+    const int32_t* wanted;     // tokens whose hidden states will be read, ascending: each the last of a row; null = all
+    float* hidden;             // [T, hidden]: the residual stream, at last the hidden states; other rows: undefined
+} KvpStep;
+
+typedef struct KvpContext KvpContext;
+
+KVP_EXPORT int kvp_abi_version(void);          // native.py must agree
+KVP_EXPORT int kvp_best_isa(void);             // of this processor, among those that were built
+KVP_EXPORT const char* kvp_isa_name(int isa);  // null: no such set in this library
+
+// A context computes with one instruction set on a team of threads that all contexts of the same size share; calls on
+// it, and on its siblings, take turns. Null: no such set, or no memory, or no threads.
+KVP_EXPORT KvpContext* kvp_open(int isa, int threads);
+KVP_EXPORT void kvp_close(KvpContext* context);
+
+// All of these return 0 or one of:
+enum { KVP_NO_MEMORY = 1, KVP_FORKED = 2 };
+
+// Packs a plain weight into linear->panels and ->tail; see pack_weight in linear.h.
+KVP_EXPORT int kvp_pack(KvpContext* context, const KvpLinear* linear, const void* source, int64_t row_bytes);
+
+// y [rows, N] = linear(x [rows, K]); rows are `stride` elements apart, types KVP_F32 or KVP_BF16.
+KVP_EXPORT int kvp_linear(KvpContext* context, const KvpLinear* linear, int64_t rows, const void* x, int32_t x_type,
+                          int64_t x_stride, void* y, int32_t y_type, int64_t y_stride);
+
+// Rows `ids` of the weight, as floats [rows, K].
+KVP_EXPORT int kvp_read_rows(KvpContext* context, const KvpLinear* linear, int64_t rows, const int64_t* ids,
+                             float* out);
+
+KVP_EXPORT int kvp_attend(KvpContext* context, const KvpAttention* layer);
+
+// k [tokens, kv_heads, D], v [tokens, kv_heads, Dv] of layer->io_type to `slots`; -1 = write nothing.
+KVP_EXPORT int kvp_write_kv(KvpContext* context, const KvpAttention* layer, const void* k, int64_t k_token,
+                            int64_t k_head, const void* v, int64_t v_token, int64_t v_head, const int64_t* slots,
+                            int64_t tokens);
+KVP_EXPORT int64_t kvp_block_bytes(int32_t kv_type, int32_t kv_heads, int32_t head_dim, int32_t v_head_dim,
+                                   int32_t block_size);
+
+// Every layer, and the final norm.
+KVP_EXPORT int kvp_step(KvpContext* context, const KvpModel* model, const KvpStep* step);
+
+// logits [rows, vocab] of hidden [rows, hidden].
+KVP_EXPORT int kvp_logits(KvpContext* context, const KvpModel* model, int64_t rows, const float* hidden,
+                          float* logits);
+
+// Bytes a second at which the team reads `bytes` bytes of memory: what decoding one sequence is bound by.
+KVP_EXPORT double kvp_read_bandwidth(KvpContext* context, const void* memory, int64_t bytes);
+
 #ifdef __cplusplus
 }
 #endif

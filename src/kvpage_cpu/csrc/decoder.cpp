@@ -1,0 +1,406 @@
+// Phases of a layer, each ended by a barrier of the team; T tokens in tiles of at most MAX_ROWS:
+//   every tile: norm and pack rows | q, k, v | norm, turn and store heads      then all tokens: attention
+//   every tile: pack rows | out | norm and pack rows | gate and up | down
+// K and V of all tokens of a layer are written before any token attends. Rows are shared out by their number, panels of
+// a weight by the products themselves: neither changes a result. The last layer goes on only with wanted tokens.
+#include "decoder.h"
+
+#include "attention.h"
+#include "elementwise.h"
+#include "linear.h"
+
+namespace KVP_NS {
+namespace {
+
+// Hands out parts of one piece of memory; without memory it only counts.
+class Carver {
+  public:
+    explicit Carver(char* memory) : memory_(memory) {}
+
+    template <class T> T* take(size_t count) {
+        T* part = memory_ ? (T*)(memory_ + used_) : nullptr;
+        used_ += (count * sizeof(T) + 63) / 64 * 64;
+        return part;
+    }
+
+    size_t used() const { return used_; }
+
+  private:
+    char* memory_;
+    size_t used_ = 0;
+};
+
+int64_t q_width(const KvpLayer& layer) { return (int64_t)layer.heads * layer.head_dim; }
+int64_t attended_width(const KvpLayer& layer) { return (int64_t)layer.heads * layer.v_head_dim; }
+
+// What `up` leaves for `down`: straight into its packed rows where that is possible.
+bool flows_into_down(const KvpLayer& layer) {
+    const RowForm form = row_form(layer.down);
+    return (form == RowForm::f32 || form == RowForm::bf16) && layer.down.inputs % PANEL == 0;
+}
+bool gates_in_product(const KvpLayer& layer) { return layer.gated && layer.down.inputs % PANEL == 0; }
+
+KvpAttention attention_of(const KvpModel& model, const KvpStep& step, int index) {
+    const KvpLayer& layer = model.layers[index];
+    const KvpGroup& group = step.groups[layer.kv_group];
+    KvpAttention call = {};
+    call.kv_type = model.kv_type;
+    call.io_type = KVP_F32;
+    call.heads = layer.heads;
+    call.kv_heads = layer.kv_heads;
+    call.head_dim = layer.head_dim;
+    call.v_head_dim = layer.v_head_dim;
+    call.block_size = group.block_size;
+    call.window = layer.window;
+    call.scale = layer.scale;
+    call.softcap = layer.softcap;
+    call.sinks = layer.sinks;
+    call.num_rows = group.num_rows;
+    call.cu_seqlens = group.cu_seqlens;
+    call.seq_lens = group.seq_lens;
+    call.tables = group.tables;
+    call.table_stride = group.table_stride;
+    call.kv = step.kv[index];
+    call.q_head = layer.head_dim;
+    call.out_head = layer.v_head_dim;
+    return call;
+}
+
+struct Workspace {
+    float* qkv;           // [T, widest q + k + v]; attention writes over q where it can
+    float* attended;      // [T, widest heads * Dv]
+    float* inner;         // [tile, widest outputs of up]
+    float *mixed, *fed;   // [tile, H]: what mixer and ffn give where it cannot be added at once
+    float *last_x, *last_q;  // [wanted, ..]
+    int32_t* last_starts;    // [B + 1]
+    char *rows, *inner_rows;
+    std::atomic<int>* units;  // by layer: the next unit of attention
+    char* scratch;            // one part a thread
+    size_t scratch_size;
+    size_t bytes;
+
+    Workspace(const KvpModel& model, const KvpStep& step, int threads, char* memory) {
+        const int tokens = step.num_tokens, tile = tokens < MAX_ROWS ? tokens : MAX_ROWS;
+        int64_t widest_qkv = 0, widest_q = 0, widest_attended = 0, widest_up = 0;
+        size_t widest_rows = 0, widest_inner = 0;
+        scratch_size = at_least(multiply_scratch_bytes(), sizeof(float) * model.hidden);
+        for (int i = 0; i < model.num_layers; i++) {
+            const KvpLayer& layer = model.layers[i];
+            widest_qkv = at_least(widest_qkv, (int64_t)layer.qkv.outputs);
+            widest_q = at_least(widest_q, q_width(layer));
+            if (layer.head_dim != layer.v_head_dim)
+                widest_attended = at_least(widest_attended, attended_width(layer));
+            if (!flows_into_down(layer)) widest_up = at_least(widest_up, (int64_t)layer.up.outputs);
+            widest_rows = at_least(widest_rows, rows_bytes(layer.qkv, tile));
+            widest_rows = at_least(widest_rows, rows_bytes(layer.out, tile));
+            widest_rows = at_least(widest_rows, rows_bytes(layer.up, tile));
+            widest_inner = at_least(widest_inner, rows_bytes(layer.down, tile));
+            scratch_size = at_least(scratch_size, attend_scratch_bytes(attention_of(model, step, i)));
+        }
+        scratch_size = (scratch_size + 4095) / 4096 * 4096;
+        const int sequences = model.num_layers ? step.groups[0].num_rows : 0;
+        Carver parts(memory);
+        qkv = parts.take<float>((size_t)tokens * widest_qkv);
+        attended = parts.take<float>((size_t)tokens * widest_attended);
+        inner = parts.take<float>((size_t)tile * widest_up);
+        mixed = parts.take<float>((size_t)tile * model.hidden);
+        fed = parts.take<float>((size_t)tile * model.hidden);
+        last_x = parts.take<float>((size_t)sequences * model.hidden);
+        last_q = parts.take<float>((size_t)sequences * at_least(widest_q, widest_attended));
+        last_starts = parts.take<int32_t>(sequences + 1);
+        units = parts.take<std::atomic<int>>(model.num_layers);
+        rows = parts.take<char>(widest_rows);
+        inner_rows = parts.take<char>(widest_inner);
+        scratch = parts.take<char>(scratch_size * threads);
+        bytes = parts.used();
+    }
+
+  private:
+    static int64_t at_least(int64_t a, int64_t b) { return a > b ? a : b; }
+    static size_t at_least(size_t a, size_t b) { return a > b ? a : b; }
+};
+
+// One thread's part of one step.
+class Step {
+  public:
+    Step(const StepJob& job, int thread, int threads)
+        : model_(*job.model), step_(*job.step), team_(*job.team), thread_(thread), threads_(threads),
+          space_(*job.model, *job.step, threads, job.memory), scratch_(space_.scratch + thread * space_.scratch_size) {}
+
+    void run() {
+        float* const x = step_.hidden;
+        embed(x);
+        prepare();
+        team_.barrier();
+        const int wanted = step_.wanted ? step_.num_wanted : step_.num_tokens;
+        for (int i = 0; i < model_.num_layers; i++) {
+            const KvpLayer& layer = model_.layers[i];
+            const bool narrows = i == model_.num_layers - 1 && wanted < step_.num_tokens;
+            project(i, x);
+            team_.barrier();
+            KvpAttention call = attention_of(model_, step_, i);
+            call.q = space_.qkv;
+            call.q_token = layer.qkv.outputs;
+            if (narrows) narrow(layer, x, call);
+            const bool in_place = layer.head_dim == layer.v_head_dim;
+            call.out = in_place ? const_cast<void*>(call.q) : space_.attended;
+            call.out_token = in_place ? call.q_token : attended_width(layer);
+            attend(call, scratch_, space_.units[i], thread_, threads_);
+            team_.barrier();
+            finish(layer, narrows ? space_.last_x : x, wanted_or_all(narrows, wanted), (float*)call.out, call.out_token);
+        }
+        team_.barrier();
+        const bool narrowed = wanted < step_.num_tokens;
+        for (int i = thread_; i < wanted; i += threads_) {
+            float* const out = x + (int64_t)(narrowed ? step_.wanted[i] : i) * model_.hidden;
+            const float* const last = narrowed ? space_.last_x + (int64_t)i * model_.hidden : out;
+            normalise(model_.final_norm, model_.final_norm.weight, last, model_.hidden, out);
+        }
+    }
+
+  private:
+    int wanted_or_all(bool narrows, int wanted) const { return narrows ? wanted : step_.num_tokens; }
+
+    void embed(float* x) {
+        const int hidden = model_.hidden;
+        for (int token = thread_; token < step_.num_tokens; token += threads_) {
+            float* const row = x + (int64_t)token * hidden;
+            if (model_.table) read_plain(model_.table, model_.table_type, step_.token_ids[token], hidden, row);
+            else read_row(model_.packed_table, (int)step_.token_ids[token], row);
+            if (model_.embed_scale != 1.0f)
+                for (int i = 0; i < hidden; i++) row[i] *= model_.embed_scale;
+            if (model_.positions) {
+                float learned[256];  // in pieces: a table may be of another type than x
+                const int64_t at = step_.positions[token] + model_.position_offset;
+                const size_t size = model_.positions_type == KVP_F32 ? 4 : 2;
+                const char* p = (const char*)model_.positions + at * hidden * (int64_t)size;
+                for (int start = 0; start < hidden; start += 256) {
+                    const int n = hidden - start < 256 ? hidden - start : 256;
+                    read_plain(p + start * (int64_t)size, model_.positions_type, 0, n, learned);
+                    join(row + start, learned, n, 1.0f);
+                }
+            }
+        }
+    }
+
+    // Thread 0: counters of attention, and where the wanted rows of each sequence begin.
+    void prepare() {
+        if (thread_ != 0) return;
+        for (int i = 0; i < model_.num_layers; i++) space_.units[i].store(0, std::memory_order_relaxed);
+        const KvpGroup& group = step_.groups[0];
+        int found = 0;
+        space_.last_starts[0] = 0;
+        for (int row = 0; row < group.num_rows; row++) {
+            const int last = group.cu_seqlens[row + 1] - 1;
+            const bool has_tokens = group.cu_seqlens[row + 1] > group.cu_seqlens[row];
+            if (step_.wanted && has_tokens && found < step_.num_wanted && step_.wanted[found] == last) found++;
+            space_.last_starts[row + 1] = found;
+        }
+    }
+
+    // norm(x) of a tile into packed rows.
+    void pack_normed(const KvpNorm& norm, const float* x, const Rows& rows) {
+        const int hidden = model_.hidden;
+        float* const own = (float*)scratch_;
+        for (int r = thread_; r < rows.count; r += threads_) {
+            const float* row = x + (int64_t)r * hidden;
+            if (norm.kind != KVP_NO_NORM) {
+                normalise(norm, norm.weight, row, hidden, own);
+                row = own;
+            }
+            pack_row(rows, hidden, r, row);
+        }
+    }
+
+    // q, k and v of all tokens: k and v into the cache, q stays in qkv.
+    void project(int index, const float* x) {
+        const KvpLayer& layer = model_.layers[index];
+        const int tiles = (step_.num_tokens + MAX_ROWS - 1) / MAX_ROWS;
+        for (int tile = 0; tile < tiles; tile++) {
+            const int start = (int)((int64_t)step_.num_tokens * tile / tiles);
+            const int count = (int)((int64_t)step_.num_tokens * (tile + 1) / tiles) - start;
+            const Rows rows = rows_at(layer.qkv, count, space_.rows);
+            pack_normed(layer.mixer_before, x + (int64_t)start * model_.hidden, rows);
+            team_.barrier();
+            Target target;
+            target.y = space_.qkv + (int64_t)start * layer.qkv.outputs;
+            target.stride = layer.qkv.outputs;
+            multiply(layer.qkv, rows, target, scratch_, thread_, threads_);
+            team_.barrier();
+            for (int token = start + thread_; token < start + count; token += threads_) store_heads(index, token);
+        }
+    }
+
+    void store_heads(int index, int token) {
+        const KvpLayer& layer = model_.layers[index];
+        const KvpAttention call = attention_of(model_, step_, index);
+        float* const q = space_.qkv + (int64_t)token * layer.qkv.outputs;
+        float* const k = q + q_width(layer);
+        const float* const v = k + (int64_t)layer.kv_heads * layer.head_dim;
+        if (layer.qk_norm != KVP_NORM_OFF) {
+            normalise_heads(layer.q_norm, layer.qk_norm, q, layer.heads, layer.head_dim);
+            normalise_heads(layer.k_norm, layer.qk_norm, k, layer.kv_heads, layer.head_dim);
+        }
+        if (layer.rotary_dim > 0) {
+            const int64_t at = step_.rope_positions[token] * (layer.rotary_dim / 2);
+            const float *const cos = step_.cos[index] + at, *const sin = step_.sin[index] + at;
+            for (int head = 0; head < layer.heads; head++)
+                rotate(q + (int64_t)head * layer.head_dim, cos, sin, layer.rotary_dim, layer.interleaved);
+            for (int head = 0; head < layer.kv_heads; head++)
+                rotate(k + (int64_t)head * layer.head_dim, cos, sin, layer.rotary_dim, layer.interleaved);
+        }
+        const int64_t slot = step_.groups[layer.kv_group].slots[token];
+        if (slot < 0) return;
+        for (int head = 0; head < layer.kv_heads; head++)
+            write_head(call, slot, head, k + (int64_t)head * layer.head_dim, v + (int64_t)head * layer.v_head_dim);
+    }
+
+    // From here on only wanted tokens: their x and q move together, and each sequence has at most one query.
+    void narrow(const KvpLayer& layer, const float* x, KvpAttention& call) {
+        const int64_t hidden = model_.hidden, width = q_width(layer);
+        for (int i = thread_; i < step_.num_wanted; i += threads_) {
+            const int64_t token = step_.wanted[i];
+            memcpy(space_.last_x + i * hidden, x + token * hidden, sizeof(float) * (size_t)hidden);
+            memcpy(space_.last_q + i * width, space_.qkv + token * layer.qkv.outputs, sizeof(float) * (size_t)width);
+        }
+        team_.barrier();
+        call.q = space_.last_q;
+        call.q_token = width;
+        call.cu_seqlens = space_.last_starts;
+    }
+
+    // What follows attention, tile by tile: x [count, H] becomes the layer's result.
+    void finish(const KvpLayer& layer, float* x, int count, const float* attended, int64_t stride) {
+        const int tiles = (count + MAX_ROWS - 1) / MAX_ROWS;
+        for (int tile = 0; tile < tiles; tile++) {
+            const int start = (int)((int64_t)count * tile / tiles);
+            const int rows = (int)((int64_t)count * (tile + 1) / tiles) - start;
+            finish_tile(layer, x + (int64_t)start * model_.hidden, rows, attended + start * stride, stride);
+        }
+    }
+
+    void finish_tile(const KvpLayer& layer, float* x, int count, const float* attended, int64_t stride) {
+        const int hidden = model_.hidden;
+        const Rows mixer_rows = rows_at(layer.out, count, space_.rows);
+        for (int r = thread_; r < count; r += threads_)
+            pack_row(mixer_rows, layer.out.inputs, r, attended + (int64_t)r * stride);
+        team_.barrier();
+        const bool joins = !layer.parallel && layer.mixer_after.kind == KVP_NO_NORM;
+        multiply(layer.out, mixer_rows, branch(layer, joins ? x : space_.mixed, joins), scratch_, thread_, threads_);
+        team_.barrier();
+        if (!joins) {
+            for (int r = thread_; r < count; r += threads_) {
+                float* const mixed = space_.mixed + (int64_t)r * hidden;
+                after(layer.mixer_after, mixed);
+                if (!layer.parallel) join(x + (int64_t)r * hidden, mixed, hidden, layer.multiplier);
+            }
+        }
+        const bool same = layer.parallel && layer.ffn_before.kind == KVP_NO_NORM;
+        const Rows ffn_rows = rows_at(layer.up, count, space_.rows);
+        pack_normed(same ? layer.mixer_before : layer.ffn_before, x, ffn_rows);
+        team_.barrier();
+        const Rows inner_rows = feed(layer, ffn_rows, count);
+        const bool ends = !layer.parallel && layer.ffn_after.kind == KVP_NO_NORM;
+        multiply(layer.down, inner_rows, branch(layer, ends ? x : space_.fed, ends), scratch_, thread_, threads_);
+        team_.barrier();
+        if (ends) return;
+        for (int r = thread_; r < count; r += threads_) {
+            float* const fed = space_.fed + (int64_t)r * hidden;
+            after(layer.ffn_after, fed);
+            if (layer.parallel) join(fed, space_.mixed + (int64_t)r * hidden, hidden, 1.0f);
+            join(x + (int64_t)r * hidden, fed, hidden, layer.multiplier);
+        }
+        // The next reader of these rows of x is the same thread, or waits at a barrier first.
+    }
+
+    // The inner activations of the feed-forward, packed for `down`; ends with a barrier.
+    Rows feed(const KvpLayer& layer, const Rows& rows, int count) {
+        const Rows inner_rows = rows_at(layer.down, count, space_.inner_rows);
+        const int inner = layer.down.inputs;
+        const Activation activation = (Activation)layer.activation;
+        const bool gates = gates_in_product(layer), flows = flows_into_down(layer);
+        const int64_t stride = gates || !layer.gated ? inner : 2 * (int64_t)inner;
+        Target target;
+        target.store = gates ? Store::gated : Store::set;
+        target.activation = gates || !layer.gated ? activation : Activation::none;
+        if (flows) {
+            target.next = &inner_rows;
+        } else {
+            target.y = space_.inner;
+            target.stride = stride;
+        }
+        multiply(layer.up, rows, target, scratch_, thread_, threads_);
+        team_.barrier();
+        if (flows) return inner_rows;
+        for (int r = thread_; r < count; r += threads_) {
+            float* const row = space_.inner + r * stride;
+            if (layer.gated && !gates) {
+                activate(activation, row, inner);
+                for (int i = 0; i < inner; i++) row[i] *= row[inner + i];
+            }
+            pack_row(inner_rows, inner, r, row);
+        }
+        team_.barrier();
+        return inner_rows;
+    }
+
+    Target branch(const KvpLayer& layer, float* y, bool joins) const {
+        Target target;
+        target.store = joins ? Store::add : Store::set;
+        target.multiplier = joins ? layer.multiplier : 1.0f;
+        target.y = y;
+        target.stride = model_.hidden;
+        return target;
+    }
+
+    void after(const KvpNorm& norm, float* row) const {
+        if (norm.kind != KVP_NO_NORM) normalise(norm, norm.weight, row, model_.hidden, row);
+    }
+
+    const KvpModel& model_;
+    const KvpStep& step_;
+    Team& team_;
+    const int thread_, threads_;
+    const Workspace space_;
+    char* const scratch_;
+};
+
+}  // namespace
+
+size_t step_bytes(const KvpModel& model, const KvpStep& step, int threads) {
+    return Workspace(model, step, threads, nullptr).bytes;
+}
+
+void step_job(void* job, int thread, int threads) { Step(*(const StepJob*)job, thread, threads).run(); }
+
+size_t logits_bytes(const KvpModel& model, int64_t rows, int threads) {
+    const int tile = rows < MAX_ROWS ? (int)rows : MAX_ROWS;
+    return rows_bytes(model.head, tile) + (size_t)threads * multiply_scratch_bytes();
+}
+
+void logits_job(void* argument, int thread, int threads) {
+    const LogitsJob& job = *(const LogitsJob*)argument;
+    const KvpModel& model = *job.model;
+    const int tile = job.rows < MAX_ROWS ? (int)job.rows : MAX_ROWS;
+    char* const scratch = job.memory + rows_bytes(model.head, tile) + thread * multiply_scratch_bytes();
+    for (int64_t start = 0; start < job.rows; start += tile) {
+        const int count = job.rows - start < tile ? (int)(job.rows - start) : tile;
+        const Rows rows = rows_at(model.head, count, job.memory);
+        for (int r = thread; r < count; r += threads)
+            pack_row(rows, model.hidden, r, job.hidden + (start + r) * model.hidden);
+        job.team->barrier();
+        Target target;
+        target.y = job.logits + start * model.vocab;
+        target.stride = model.vocab;
+        multiply(model.head, rows, target, scratch, thread, threads);
+        job.team->barrier();
+        if (model.head_scale == 1.0f && model.head_softcap == 0.0f) continue;
+        for (int r = thread; r < count; r += threads) {
+            float* const row = target.y + (int64_t)r * model.vocab;
+            for (int i = 0; i < model.vocab; i++) row[i] *= model.head_scale;
+            if (model.head_softcap > 0.0f) soft_cap(row, model.vocab, model.head_softcap);
+        }
+    }
+}
+
+}  // namespace KVP_NS
