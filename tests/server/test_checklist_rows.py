@@ -176,12 +176,12 @@ def test_C4_curl_of_a_chat_with_messages_alone(named: LiveServer) -> None:
 
 def test_C5_the_wheel_needs_no_compiler_and_no_gpu() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
-    assert project["build-system"] == {
-        "requires": project["build-system"]["requires"],
-        "build-backend": "hatchling.build",
-    }
-    assert "hooks" not in project["tool"]["hatch"].get("build", {}), "nothing is compiled when it is built"
-    assert not [file for kind in ("*.so", "*.cpp", "*.cu") for file in (ROOT / "src" / "kvpage").rglob(kind)]
+    assert project["build-system"]["build-backend"] == "scikit_build_core.build"
+    failed = [entry for entry in project["tool"]["scikit-build"]["overrides"] if entry["if"].get("failed")]
+    assert [entry["wheel"]["cmake"] for entry in failed] == [False], "what does not compile is left out"
+    assert [entry["if"]["env"] for entry in failed] == [{"KVPAGE_REQUIRE_NATIVE": False}]
+    assert project["tool"]["scikit-build"]["wheel"]["py-api"] == "py3", "one wheel for every Python"
+    assert "CUDA" not in (ROOT / "CMakeLists.txt").read_text(encoding="utf-8")
 
 
 def test_C6_the_module_with_four_gpus_is_refused_with_the_reason(capsys: pytest.CaptureFixture[str]) -> None:
@@ -208,7 +208,7 @@ def test_C8_every_interface_and_the_en_dash(capsys: pytest.CaptureFixture[str]) 
 
 def test_C9_a_checkout_is_built_without_cuda() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
-    assert all(need.startswith("hatchling") for need in project["build-system"]["requires"])
+    assert all(need.startswith("scikit-build-core") for need in project["build-system"]["requires"])
     assert not [need for need in project["project"]["dependencies"] if "cuda" in need or "nvidia" in need]
 
 
@@ -237,7 +237,7 @@ def test_C11_collect_env_tells_what_nvidia_smi_would(capsys: pytest.CaptureFixtu
 
 def test_C12_an_editable_install_finds_every_package() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
-    for package in project["tool"]["hatch"]["build"]["targets"]["wheel"]["packages"]:
+    for package in project["tool"]["scikit-build"]["wheel"]["packages"]:
         assert (ROOT / package / "__init__.py").is_file()
     assert project["project"]["scripts"]["kvpage"] == "kvpage.cli.main:main"
 

@@ -1,0 +1,1 @@
+"""The native CPU backend: C++ kernels behind a C ABI, and the plugin that offers them."""
