@@ -127,6 +127,20 @@ typedef struct KvpStep {
     float* hidden;             // [T, hidden]: the residual stream, at last the hidden states; other rows: undefined
 } KvpStep;
 
+// One token a row of logits: the likeliest, or one drawn as kvpage.api.sampling.SamplingKernel.draw says.
+typedef struct KvpSampling {
+    int32_t type;              // of the logits: KVP_F32 or KVP_BF16
+    int32_t num_rows, vocab_size;
+    const void* logits;        // [num_rows, vocab_size]
+    int64_t logits_stride;     // elements from row to row
+    const float* temperature;  // [num_rows], 0 = the likeliest; null: all 0, and the four below are not read
+    const int64_t* top_k;      // [num_rows], 0 = all
+    const double* top_p;       // [num_rows], 1 = all
+    const float* min_p;        // [num_rows], 0 = all
+    const float* uniforms;     // [num_rows], in [0, 1)
+    int64_t* token_ids;        // [num_rows]; -1 where a row has no token
+} KvpSampling;
+
 typedef struct KvpContext KvpContext;
 
 KVP_EXPORT int kvp_abi_version(void);          // native.py must agree
@@ -167,6 +181,8 @@ KVP_EXPORT int kvp_step(KvpContext* context, const KvpModel* model, const KvpSte
 // logits [rows, vocab] of hidden [rows, hidden].
 KVP_EXPORT int kvp_logits(KvpContext* context, const KvpModel* model, int64_t rows, const float* hidden,
                           float* logits);
+
+KVP_EXPORT int kvp_sample(KvpContext* context, const KvpSampling* sampling);
 
 // Bytes a second at which the team reads `bytes` bytes of memory: what decoding one sequence is bound by.
 KVP_EXPORT double kvp_read_bandwidth(KvpContext* context, const void* memory, int64_t bytes);
