@@ -4,9 +4,10 @@ finding plugins imports nothing heavy; the engine imports it when it is chosen."
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 
-from kvpage.errors import PluginError
+from kvpage.errors import ConfigError, PluginError
 
 FIELD_TYPES: dict[str, tuple[type, ...]] = {"str": (str,), "int": (int,), "float": (int, float)}
 MAX_BITS = 64
@@ -22,15 +23,19 @@ class Record:
         needs: modules besides the plugin's own that the factory imports ("fastapi"); where one is not installed
             the record is listed with ``install`` and never chosen.
         install: what to type then: "pip install 'kvpage-mychip[driver]'".
+        describe: "package.module:function", called without arguments, returns lines of text: what was built, what of
+            it this machine can run, what was chosen and why. ``kvpage collect-env`` and ``kvpage plugins explain``
+            show them, one time for all records that name the same function.
 
     Raises:
-        PluginError: name or factory are malformed, or a field holds another type.
+        PluginError: name, factory or describe are malformed, or a field holds another type.
     """
 
     name: str
     factory: str
     needs: tuple[str, ...] = ()
     install: str = ""
+    describe: str = ""
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not re.fullmatch(r"[A-Za-z0-9][\w.-]*", self.name):
@@ -48,6 +53,8 @@ class Record:
                 raise PluginError(
                     f"{type(self).__name__} {self.name!r} has {field.name}={value!r:.80}: it must be {field.type}"
                 )
+        if self.describe and not re.fullmatch(r"[\w.]+:\w+", self.describe):
+            self._refuse("describe", "it must look like 'package.module:function'")
 
     def _refuse(self, field: str, must: str) -> None:
         """Raises PluginError: the value of ``field`` is not what it must be."""
@@ -107,16 +114,32 @@ class QuantizationSchemeRecord(Record):
         methods: values of a checkpoint's ``quantization_config.quant_method`` that it reads; empty for a scheme
             that only quantizes plain weights while they load (``quantization=name``).
         bits: of a stored weight, without its scales: what ``kvpage plan`` counts before there are files.
+        groups: of a scheme that quantizes plain weights: inputs that share a scale of 16 bits, the first that
+            divides a matrix's inputs; a matrix that none divides has 8 bits. Empty: one float32 scale an output.
+        packs_head: the output head and the token embedding are packed too, but with ``quantize_head`` false.
+        options: keys of the engine's ``quantization_config`` that a scheme that quantizes plain weights takes.
     """
 
     methods: tuple[str, ...] = ()
     bits: float = 16.0
     summary: str = ""
+    groups: tuple[int, ...] = ()
+    packs_head: bool = False
+    options: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 0 < self.bits <= MAX_BITS:
             self._refuse("bits", f"a stored weight has more than 0 and at most {MAX_BITS} bits")
+        if not all(isinstance(group, int) and group > 0 for group in self.groups):
+            self._refuse("groups", "sizes of groups are positive integers")
+
+    def check_options(self, config: Mapping[str, object]) -> None:
+        """Raises ConfigError where ``quantization_config`` has a key that this scheme does not take."""
+        unknown = [key for key in config if key not in self.options]
+        if unknown:
+            known = f"it takes {', '.join(self.options)}" if self.options else "it takes none: leave it out"
+            raise ConfigError(f"quantization_config has {unknown[0]!r}, unknown to {self.name!r}; {known}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -29,7 +29,7 @@ INSTRUCTIONS = (
 """Instruction sets that kernels choose by; named as Linux names them."""
 
 VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "HF_HUB_OFFLINE",
-             "HF_HOME")  # fmt: skip
+             "HF_HOME", "KVPAGE_CPU_ISA", "KVPAGE_CPU_LIBRARY")  # fmt: skip
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -37,7 +37,10 @@ def run(arguments: Sequence[str]) -> int:
     parser = CommandParser("kvpage collect-env", DESCRIPTION)
     parser.add_argument("--json", action="store_true", help="as JSON")
     namespace = parser.parse_arguments(arguments)
-    facts = {**environment(), "torch": torch_facts(), "plugins": plugin_facts()}
+    registry = PluginRegistry()
+    with undivided():  # torch, as plugins themselves
+        told = {name: list(lines) for name, lines in registry.descriptions().items()}
+    facts = {**environment(), "torch": torch_facts(), "plugins": plugin_facts(registry), "descriptions": told}
     if namespace.json:
         print(json.dumps(facts, indent=2))
     else:
@@ -106,12 +109,12 @@ def torch_facts() -> dict[str, Any]:
     }
 
 
-def plugin_facts() -> list[dict[str, str]]:
+def plugin_facts(registry: PluginRegistry) -> list[dict[str, str]]:
     """Every plugin that was found, broken ones included."""
     return [
         {"name": plugin.name, "origin": plugin.origin, "version": plugin.version, "status": plugin.status,
          "reason": plugin.reason}
-        for plugin in PluginRegistry().statuses()
+        for plugin in registry.statuses()
     ]  # fmt: skip
 
 
@@ -126,7 +129,7 @@ def as_text(facts: Mapping[str, Any], indent: str = "") -> list[str]:
             lines += [
                 f"{indent}  {', '.join(_pair(*pair) for pair in entry.items() if pair[1])}" for entry in value
             ]
-        elif isinstance(value, list) and name == "parallel":
+        elif isinstance(value, list) and any(" " in line for line in value):  # sentences, not names
             lines += [f"{indent}{name}:", *(f"{indent}  {line}" for line in value)]
         else:
             lines.append(indent + _pair(name, value))

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 EXPLAIN = """\
 Which attention backend, decoder backend, checkpoint reader, quantization scheme and linear kernels an engine with
-these flags would take, and why not each other one."""
+these flags would take, why not each other one, and what plugins say of this machine."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +65,8 @@ def explain(arguments: Sequence[str]) -> int:
     scheme = find_scheme(options, source.config, registry)
     backends = choose_backends(options, registry, definition.spec, device, dtype)
     size = backends.attention.block_size
+    with undivided():
+        told = registry.descriptions()
     choices = [
         _attention(registry, backends),
         _decoder(registry, backends),
@@ -74,7 +76,7 @@ def explain(arguments: Sequence[str]) -> int:
     ]
     if namespace.json:
         facts = {"model": str(options.model), "need": _need(need), "block_size": size,
-                 "choices": [asdict(choice) for choice in choices]}  # fmt: skip
+                 "choices": [asdict(choice) for choice in choices], "descriptions": told}  # fmt: skip
         print(json.dumps(facts, indent=2))
         return OK
     features = ", ".join(sorted(need.features)) or "none"
@@ -85,6 +87,8 @@ def explain(arguments: Sequence[str]) -> int:
     )
     print("\n".join(line for choice in choices for line in choice.lines()))
     print("\n".join([*backends.attention.ignored, f"block size {size}"]))
+    for name, lines in told.items():
+        print("\n".join([f"{name} says:", *(f"  {line}" for line in lines)]))
     return OK
 
 

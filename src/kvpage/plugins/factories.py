@@ -65,6 +65,21 @@ def make(record: Record, base: type[Any], what: str) -> Any:
     return found
 
 
+def description(record: Record) -> tuple[str, ...]:
+    """The lines of what a record's ``describe`` names, or one that says why there are none."""
+    needs = unavailable(record)
+    if needs:
+        return (needs,)
+    module, _, name = record.describe.partition(":")
+    try:
+        told = getattr(importlib.import_module(module), name)()
+        return tuple(
+            line for entry in ([told] if isinstance(told, str) else told) for line in str(entry).splitlines()
+        )
+    except BROKEN as error:  # foreign code may raise anything
+        return (f"{record.describe} raised {describe(error)}",)
+
+
 def unavailable(record: Record) -> str:
     """ "needs ..." where a module that the record needs is not installed, else "". Nothing is imported."""
     missing = [name for name in record.needs if not _is_installed(name)]

@@ -35,7 +35,7 @@ from kvpage.plugins.discovery import (
     find_plugins,
     find_resolved,
 )
-from kvpage.plugins.factories import load
+from kvpage.plugins.factories import description, load
 from kvpage.plugins.selection import BackendChoice, DecoderChoice, Trial, choose_attention, choose_decoder
 
 R = TypeVar("R", bound=Record)
@@ -140,6 +140,18 @@ class PluginRegistry:
             lost = self._collection.lost.get(hook)
             raise PluginError(lost or f"{hook} is no hook that registers; {self._collection.nearest(hook)}")
         return list(self._collection.records.get(hook, {}).values())
+
+    def descriptions(self) -> dict[str, tuple[str, ...]]:
+        """What plugins say of themselves on this machine: names of records -> the lines of their ``describe``."""
+        tellers: dict[str, list[Record]] = {}
+        for records in self._collection.records.values():
+            for record in records.values():
+                if record.describe:
+                    tellers.setdefault(record.describe, []).append(record)
+        return {
+            ", ".join(dict.fromkeys(record.name for record in records)): description(records[0])
+            for records in tellers.values()
+        }
 
     def attention_backends(self) -> list[AttentionBackendRecord]:
         """All of them, in the order of preference: priority down, then name."""
