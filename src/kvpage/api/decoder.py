@@ -68,4 +68,6 @@ class DecoderBackend(ABC):
 
         ``weights`` has every parameter that ``kvpage.api.parameters`` names for ``spec``. They may be kept; a
         backend that packs copies of its own should say so in its documentation, since memory is planned without.
+        Where ``env.weights_owned`` it may write over them, once it is sure to build the model: what goes wrong after
+        that it raises as MemoryError, since no other backend can use them any more.
         """

@@ -346,16 +346,25 @@ class ModelDefinition:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DecoderEnv:
     """Where a decoder runs: torch device string and dtype name, and the linear kernels to try, in order, before
-    the plain one. ``on_linear`` is told which of them was taken for each weight."""
+    the plain one. ``on_linear`` is told which of them was taken for each weight. ``weights_owned``: the memory of the
+    weights is this model's alone, and a decoder backend may write over it (to pack them where they lie) as soon as
+    it is sure to build the model."""
 
     device: str
     dtype: str
     linear_kernels: tuple[type[LinearKernel], ...] = ()
     on_linear: Callable[[LinearChoice], None] | None = field(default=None, compare=False, repr=False)
+    weights_owned: bool = False
 
 
 class StepContext(Protocol):
     """A step, as a model sees it: an explicit argument, never ambient state."""
+
+    @property
+    def wanted(self) -> torch.Tensor | None:
+        """int32 [N] on the host: the tokens whose hidden states will be read, ascending, each the last of its row; a
+        model may leave the other states undefined. ``None``: all will be read."""
+        ...
 
     def attend(
         self,

@@ -33,8 +33,8 @@ class Backends:
     env: DecoderEnv
     kernels: KernelLog
 
-    def build(self, spec: DecoderSpec, weights: Mapping[str, WeightForm]) -> BuiltDecoder:
-        """The model, by the first decoder backend that builds it.
+    def build(self, spec: DecoderSpec, weights: Mapping[str, WeightForm], *, owned: bool) -> BuiltDecoder:
+        """The model, by the first decoder backend that builds it. ``owned``: the weights are this engine's alone.
 
         Raises:
             ConfigError: none does.
@@ -42,7 +42,7 @@ class Backends:
         """
         if self.decoder is None:
             raise PluginError(f"{spec.family} was given no decoder backend")
-        built = self.decoder.build(spec, weights, self.env)
+        built = self.decoder.build(spec, weights, replace(self.env, weights_owned=owned))
         known = len(self.decoder.rejected)  # of these the log has heard
         _log("decoder backend", built.rejected[known:], built.broken, logging.INFO)
         return built

@@ -73,5 +73,5 @@ def make_model(
     )
     for warning in weights.warnings:
         LOG.warning("%s", warning)
-    built = backends.build(definition.spec, weights.weights)
+    built = backends.build(definition.spec, weights.weights, owned=not view.shared)
     return EngineModel(built.model, built.record.name, built.reason)

@@ -80,19 +80,24 @@ class KVStore:
             for tensor in group.tensors:
                 group.backend.copy_blocks(tensor, source, target)
 
-    def step(self, rope_positions: torch.Tensor, batches: Sequence[AttentionBatch]) -> PagedContext:
+    def step(
+        self,
+        rope_positions: torch.Tensor,
+        batches: Sequence[AttentionBatch],
+        wanted: torch.Tensor | None = None,
+    ) -> PagedContext:
         """The context of one step, whose tokens turn by rows ``rope_positions`` int64 [T] of the rotary tables.
 
-        Every backend plans it once.
+        ``wanted``: see ``StepContext``. Every backend plans the step once.
         """
         plans = [group.backend.plan(batch) for group, batch in zip(self.groups, batches, strict=True)]
-        return PagedContext(self.groups, rope_positions, batches, plans)
+        return PagedContext(self.groups, rope_positions, batches, plans, wanted)
 
 
 class PagedContext:
     """``kvpage.api.model.StepContext`` over paged KV."""
 
-    __slots__ = ("_batches", "_groups", "_plans", "_rope_positions")
+    __slots__ = ("_batches", "_groups", "_plans", "_rope_positions", "wanted")
 
     def __init__(
         self,
@@ -100,9 +105,11 @@ class PagedContext:
         rope_positions: torch.Tensor,
         batches: Sequence[AttentionBatch],
         plans: Sequence[object],
+        wanted: torch.Tensor | None = None,
     ) -> None:
         self._groups, self._rope_positions = groups, rope_positions
         self._batches, self._plans = batches, plans
+        self.wanted = wanted
 
     def attend(
         self,

@@ -59,6 +59,11 @@ class Pooler:
     def __init__(self) -> None:
         self._pools: dict[int, Pool] = {}
 
+    @property
+    def busy(self) -> bool:
+        """Whether any slot's prompt becomes a vector."""
+        return bool(self._pools)
+
     def admit(self, slot: int, params: PoolingParams) -> None:
         """A prompt takes ``slot``; its first position to be computed is 0 where every position counts."""
         self._pools[slot] = Pool(params)

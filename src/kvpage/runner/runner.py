@@ -52,7 +52,7 @@ class ModelRunner:
         with torch.inference_mode():
             self._apply(plan)
             inputs = self._batch.build(plan)
-            context = self._store.step(inputs.rope_positions, inputs.batches)
+            context = self._store.step(inputs.rope_positions, inputs.batches, self._wanted(plan))
             hidden = self._model.forward(inputs.token_ids, inputs.positions, context)
             embeddings, faults = self._pooler.pool(plan, hidden)
             prompt_logprobs = self._score_prompts(plan, hidden)
@@ -77,6 +77,14 @@ class ModelRunner:
         self._batch.apply(plan)
         if plan.copies:
             self._store.copy_blocks(plan.copies)
+
+    def _wanted(self, plan: StepPlan) -> torch.Tensor | None:
+        """The tokens whose hidden states are read: the last of each row that samples; ``None`` = all."""
+        own = len(plan.sample_rows) - len(plan.forks)
+        if own == plan.num_tokens or self._pooler.busy or self._prompt_logprobs:
+            return None
+        ends = np.cumsum(np.frombuffer(plan.counts, np.int32), dtype=np.int32) - 1
+        return torch.from_numpy(np.sort(ends[plan.sample_rows[:own]]).astype(np.int32))
 
     def _admit_to_sampler(self, admission: Admission, params: SamplingParams) -> None:
         try:

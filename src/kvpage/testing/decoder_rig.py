@@ -183,6 +183,8 @@ class DecoderRig:
 class StepOfSuite:
     """``kvpage.api.model.StepContext`` of one step."""
 
+    wanted: torch.Tensor | None = None
+
     def __init__(self, rig: DecoderRig, positions: torch.Tensor, batches: Sequence[AttentionBatch]) -> None:
         self._groups, self._batches = rig.groups, batches
         self._rope_positions = positions + ROPE_ROWS_BEFORE

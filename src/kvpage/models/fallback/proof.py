@@ -134,6 +134,7 @@ class _DenseStep:
 
     memory: _Memory
     pieces: Sequence[tuple[int, int, int]]
+    wanted: torch.Tensor | None = None
 
     def attend(
         self,

@@ -1,0 +1,39 @@
+"""What the native CPU backend registers."""
+
+from __future__ import annotations
+
+from kvpage import hookimpl
+from kvpage.api.records import AttentionBackendRecord, DecoderBackendRecord, LinearKernelRecord
+
+
+@hookimpl
+def kvpage_attention_backends() -> list[AttentionBackendRecord]:
+    return [
+        AttentionBackendRecord(
+            name="cpu",
+            factory="kvpage_cpu.attention:CpuAttention",
+            summary="native kernels for x86-64, chosen by the processor",
+        )
+    ]
+
+
+@hookimpl
+def kvpage_decoder_backends() -> list[DecoderBackendRecord]:
+    return [
+        DecoderBackendRecord(
+            name="cpu",
+            factory="kvpage_cpu.decoder:CpuDecoder",
+            summary="all layers in one native call, over attention backend cpu",
+        )
+    ]
+
+
+@hookimpl
+def kvpage_linear_kernels() -> list[LinearKernelRecord]:
+    return [
+        LinearKernelRecord(
+            name="cpu",
+            factory="kvpage_cpu.linear:CpuLinear",
+            summary="native products of int8 and int4 weights",
+        )
+    ]
