@@ -12,10 +12,12 @@ import mmap
 import sys
 import weakref
 from collections.abc import Sequence
+from contextlib import suppress
 
 import torch
 
 CHUNK_BYTES = 2**20
+SLAB_BYTES = 32 * 2**20
 ALIGNMENT = 64
 
 
@@ -26,17 +28,23 @@ class Arena:
     ones share one. Not thread-safe: one engine, one thread at a time.
     """
 
-    __slots__ = ("_chunk", "_closed", "_regions", "_used", "allocated_bytes")
+    __slots__ = ("_chunk", "_closed", "_regions", "_slab", "_slab_used", "_used", "allocated_bytes")
 
     def __init__(self) -> None:
         self._regions: list[weakref.ref[mmap.mmap]] = []
         self._chunk: mmap.mmap | None = None
-        self._used = 0
+        self._slab: mmap.mmap | None = None
+        self._used = self._slab_used = 0
         self._closed = False
         self.allocated_bytes = 0
 
-    def allocate(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+    def allocate(
+        self, shape: Sequence[int], dtype: torch.dtype, *, huge_pages: bool = False
+    ) -> torch.Tensor:
         """A zeroed, contiguous tensor, its data aligned to 64 bytes.
+
+        With ``huge_pages`` large tensors that are asked for one after another lie so, on pages of 2 MiB where the
+        system has them: for what is filled whole and read as a stream (weights).
 
         Raises:
             ValueError: the arena is closed.
@@ -49,7 +57,7 @@ class Arena:
             return torch.empty(tuple(shape), dtype=dtype, device="cpu")
         size = count * dtype.itemsize
         self.allocated_bytes += size
-        region, offset = self._place(size)
+        region, offset = self._place_in_slab(size) if huge_pages else self._place(size)
         # frombuffer keeps a reference to the mapping; the mapping unmaps itself when that one is gone.
         return torch.frombuffer(region, dtype=dtype, count=count, offset=offset).view(tuple(shape))
 
@@ -59,7 +67,7 @@ class Arena:
         A tensor that outlives its arena stays valid memory, and reads zeros.
         """
         self._closed = True
-        self._chunk = None
+        self._chunk = self._slab = None
         for reference in self._regions:
             region = reference()
             if region is not None and hasattr(mmap, "MADV_DONTNEED"):
@@ -75,6 +83,18 @@ class Arena:
             self._chunk, offset = self._map(CHUNK_BYTES), 0
         self._used = offset + size
         return self._chunk, offset
+
+    def _place_in_slab(self, size: int) -> tuple[mmap.mmap, int]:
+        if size < CHUNK_BYTES:
+            return self._place(size)
+        offset = -(-self._slab_used // ALIGNMENT) * ALIGNMENT
+        if self._slab is None or offset + size > len(self._slab):
+            self._slab, offset = self._map(max(size, SLAB_BYTES)), 0
+            if hasattr(mmap, "MADV_HUGEPAGE"):
+                with suppress(OSError):  # a kernel without them
+                    self._slab.madvise(mmap.MADV_HUGEPAGE)
+        self._slab_used = offset + size
+        return self._slab, offset
 
     def _map(self, size: int) -> mmap.mmap:
         region = anonymous_mapping(size)
