@@ -78,8 +78,10 @@ class EngineOptions:
             attention in paged KV, slower; "kvpage" or "transformers" takes that path or refuses.
         attention_backend: name of a registered backend; ``None`` = the best that fits.
         decoder_backend: name of a registered decoder backend; ``None`` = the best that fits.
-        quantization: quantization scheme, by name: "int8" quantizes plain weights while they load. A quantized
-            checkpoint names its own.
+        quantization: quantization scheme, by name: "int8", "int8-weight-only", "int4" and "int4-weight-only"
+            quantize plain weights while they load. A quantized checkpoint names its own.
+        quantization_config: options of that scheme; {"quantize_head": false} leaves output head and token embedding
+            as they are.
         tensor_parallel_size: ranks the model is split over; more than 1 has not landed yet.
         seed: makes requests without a seed of their own repeatable in submission order; ``None`` = entropy.
         max_logprobs: most top log-probabilities a request may ask for; -1 = no limit.
@@ -120,6 +122,7 @@ class EngineOptions:
     attention_backend: str | None = None
     decoder_backend: str | None = None
     quantization: str | None = None
+    quantization_config: Mapping[str, Any] | None = None
     tensor_parallel_size: int = 1
     seed: int | None = None
     max_logprobs: int = 20
@@ -162,6 +165,16 @@ class EngineOptions:
         utilization = self.gpu_memory_utilization
         if utilization is not None and not 0 < utilization <= 1:
             raise ConfigError(f"gpu_memory_utilization must be above 0 and at most 1, got {utilization!r}")
+        config = self.quantization_config
+        if config is not None and not isinstance(config, Mapping):
+            raise ConfigError(
+                f"quantization_config must be a mapping such as {{'quantize_head': False}}, got {config!r:.80}"
+            )
+        if config and self.quantization is None:
+            raise ConfigError(
+                "quantization_config has the options of a scheme that quantizes while loading, and quantization names "
+                "none: give quantization='int8' (or another) too"
+            )
         if self.tensor_parallel_size != 1:
             raise ConfigError(
                 f"tensor_parallel_size={self.tensor_parallel_size}: tensor parallelism has not landed "

@@ -14,11 +14,11 @@ from kvpage.api.kv import KVLayout
 from kvpage.api.model import ModelDefinition
 from kvpage.api.sampling import LogitsProcessor
 from kvpage.api.scheduling import SchedulingPolicy
-from kvpage.builtin.int8 import Int8PerChannel
 from kvpage.builtin.reference_attention import ReferenceAttention
 from kvpage.models.decoder import TorchDecoder
 from kvpage.models.families import llama
 from kvpage.nn.linear import DenseLinear
+from kvpage_int8.schemes import Int8
 
 
 class NoChip(ReferenceAttention):
@@ -119,18 +119,22 @@ class Nothing:
     """Of no kind at all."""
 
 
-class Unopened(Int8PerChannel):
+class Unopened(Int8):
     @classmethod
     def from_checkpoint(cls, config: Any, view: Any) -> Any:
         return None
 
 
-class FormOfNoKind(Int8PerChannel):
+class FormOfNoKind(Int8):
+    quantizes_tables = False
+
     def to_form(self, linear: Any, tensors: Any) -> Any:
         return 42
 
 
-class NoTensors(Int8PerChannel):
+class NoTensors(Int8):
+    quantizes_tables = False
+
     def tensors(self, linear: Any, view: Any) -> Any:
         return None
 

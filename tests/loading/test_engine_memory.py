@@ -110,7 +110,7 @@ CONFIG = {
 LOADING = """
 import json, sys, torch
 from pathlib import Path
-from kvpage.builtin.int8 import Int8PerChannel
+from kvpage_int8.schemes import Int8
 from kvpage.loading.memory import Arena
 from kvpage.loading.readers import open_checkpoint
 from kvpage.loading.weights import load_weights
@@ -121,7 +121,7 @@ def status(key):
     return next(int(l.split()[1]) * 1024 for l in open("/proc/self/status") if l.startswith(key + ":"))
 
 definition = llama.translate(HFConfig(json.loads(sys.argv[1])), max_model_len=None)
-for dtype, scheme in ((torch.float32, None), (torch.bfloat16, None), (torch.bfloat16, Int8PerChannel())):
+for dtype, scheme in ((torch.float32, None), (torch.bfloat16, None), (torch.bfloat16, Int8())):
     # What torch itself allocates at the first conversion is not the loader's.
     torch.ones(64, 64).to(dtype)
     if scheme is not None:

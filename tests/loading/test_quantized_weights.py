@@ -16,18 +16,20 @@ from kvpage.api.quant import (
     ChannelInt8,
     CheckpointView,
     Dense,
+    GroupedInt,
     LinearSpec,
     QuantScheme,
     TensorSpec,
     WeightForm,
 )
-from kvpage.builtin.int8 import Int8PerChannel
 from kvpage.errors import CheckpointError, PluginError
 from kvpage.loading.memory import Arena
 from kvpage.loading.readers import DummyView, ModuleView, open_checkpoint
 from kvpage.loading.weights import LoadedWeights, load_weights
 from kvpage.models.families import gpt2, llama, phi3
 from kvpage.models.hf_config import HFConfig
+from kvpage_int8.rounding import round_groups
+from kvpage_int8.schemes import Int4, Int8
 
 CONFIG: dict[str, Any] = {
     "vocab_size": 50,
@@ -215,14 +217,14 @@ def test_plain_weights_are_quantized_in_whatever_way_they_are_stored(tmp_path: P
     definition = define(family, **values)
     view = DummyView(definition)
     tensors = {name: view.read(name) for name in view.names()}
-    weights = load(tmp_path, definition, tensors, Int8PerChannel()).weights
+    weights = load(tmp_path, definition, tensors, Int8()).weights
     plain = load(tmp_path, definition, tensors, None).weights
     quantized = {name for name, form in weights.items() if isinstance(form, ChannelInt8)}
-    linear = {p.name for p in parameters(definition.spec) if p.kind == "linear" and p.name != "head.weight"}
-    assert quantized == linear
+    packed = {p.name for p in parameters(definition.spec) if p.kind == "linear" or p.name == "embed.weight"}
+    assert quantized == packed
     for name, form in weights.items():
         weight = plain[name].dequantize()
-        assert torch.equal(form.dequantize(), exact_int8(weight) if name in linear else weight), name
+        assert torch.equal(form.dequantize(), exact_int8(weight) if name in packed else weight), name
     assert isinstance(join(weights, "layers.1.attention", ("q", "k", "v")), ChannelInt8)
 
 
@@ -245,7 +247,7 @@ def test_a_living_models_weights_are_copied_where_they_are_quantized_and_shared_
         dtype=torch.float32,
         device="cpu",
         arena=Arena(),
-        scheme=Int8PerChannel(),
+        scheme=Int8(quantize_head=False),
     )
     embed = loaded.weights["embed.weight"]
     assert isinstance(embed, Dense)
@@ -260,4 +262,65 @@ def test_weights_that_are_not_finite_are_not_quantized(tmp_path: Path) -> None:
     tensors = {name: view.read(name) for name in view.names()}
     tensors[f"{NAME}.weight"][3, 5] = torch.nan
     with pytest.raises(CheckpointError, match=rf"'{NAME}' holds NaN or infinity"):
-        load(tmp_path, definition, tensors, Int8PerChannel())
+        load(tmp_path, definition, tensors, Int8())
+
+
+def test_large_plain_weights_come_in_pieces_and_give_the_form_of_the_whole(tmp_path: Path) -> None:
+    definition = define(vocab_size=4000, hidden_size=1024, num_hidden_layers=1)
+    view = DummyView(definition)
+    tensors = {name: view.read(name) for name in view.names()}
+    seen: list[int] = []
+
+    class Watched(Int4):
+        def to_form(self, linear: LinearSpec, tensors: Mapping[str, torch.Tensor]) -> WeightForm:
+            seen.append(linear.out_features)
+            return super().to_form(linear, tensors)
+
+    weights = load(tmp_path, definition, tensors, Watched()).weights
+    assert max(seen) < 4000
+    table = weights["embed.weight"]
+    codes, scales = round_groups(tensors["model.embed_tokens.weight"], 128)
+    whole = GroupedInt(codes=codes, scales=scales, group=128)
+    assert isinstance(table, GroupedInt)
+    assert torch.equal(table.dequantize(), whole.dequantize())
+    joined = join(weights, "layers.0.attention", ("q", "k", "v"))
+    assert isinstance(joined, GroupedInt)
+    assert joined.codes.is_contiguous()
+    assert joined.codes.data_ptr() == weights["layers.0.attention.q.weight"].tensors()[0].data_ptr()
+
+
+class Uneven(QuantScheme):
+    """Says that it goes row by row, and keeps a tensor (or a type) that does not."""
+
+    quantizes_plain = True
+    row_by_row = True
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+        self.calls = 0
+
+    @classmethod
+    def from_checkpoint(cls, config: Mapping[str, Any], view: CheckpointView) -> Uneven:
+        return cls("")
+
+    def tensors(self, linear: LinearSpec, view: CheckpointView) -> Mapping[str, TensorSpec]:
+        if linear.name != "lm_head":
+            return {}
+        return {"weight": TensorSpec(shape=(linear.out_features, linear.in_features), dtype="float32")}
+
+    def to_form(self, linear: LinearSpec, tensors: Mapping[str, torch.Tensor]) -> WeightForm:
+        self.calls += 1
+        shape = (linear.out_features, linear.in_features)
+        if self.kind == "type":
+            codes = torch.zeros(shape, dtype=torch.int8 if self.calls == 1 else torch.int16)
+            return ChannelInt8(codes=codes, scales=torch.ones(shape[0]))
+        return ChannelInt8(codes=torch.zeros(shape, dtype=torch.int8), scales=torch.ones(1))
+
+
+@pytest.mark.parametrize("kind", ["type", "tensor"])
+def test_forms_that_are_not_row_by_row_are_the_schemes_fault(tmp_path: Path, kind: str) -> None:
+    definition = define(vocab_size=4000, hidden_size=1024, num_hidden_layers=1)
+    view = DummyView(definition)
+    tensors = {name: view.read(name) for name in view.names()}
+    with pytest.raises(PluginError, match=r"Uneven failed on 'lm_head' \(TypeError: row_by_row"):
+        load(tmp_path, definition, tensors, Uneven(kind))

@@ -15,7 +15,6 @@ from test_family_parity import BASE, YARN, make_model, oracle_logits, prompt
 from kvpage.api.model import DecoderEnv, ExpertGroups, MLPSpec, ModelDefinition, MoESpec
 from kvpage.api.parameters import parameters
 from kvpage.api.quant import ChannelInt8, Dense
-from kvpage.builtin.int8 import Int8PerChannel
 from kvpage.errors import CheckpointError
 from kvpage.loading.memory import Arena
 from kvpage.loading.readers import DummyView, ModuleView, open_checkpoint
@@ -24,6 +23,7 @@ from kvpage.models.decoder import Decoder
 from kvpage.models.families import deepseek_v2, deepseek_v3, mixtral, olmoe, qwen2_moe, qwen3_moe
 from kvpage.models.hf_config import HFConfig
 from kvpage.nn.moe import MoE
+from kvpage_int8.schemes import Int8
 
 Translate = Callable[..., ModelDefinition]
 
@@ -355,7 +355,7 @@ def test_the_matrices_of_latent_attention_are_packed_by_a_scheme_like_all_others
         dtype=torch.float32,
         device="cpu",
         arena=Arena(),
-        scheme=Int8PerChannel(),
+        scheme=Int8(),
     )
     mixers = {name: form for name, form in loaded.weights.items() if ".mixer." in name and "norm" not in name}
     assert mixers

@@ -208,6 +208,108 @@ class ChannelInt8(WeightForm):
         return None if codes is None or scales is None else replace(self, codes=codes, scales=scales)
 
 
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class GroupedInt(WeightForm):
+    """weight[o, i] = (q[o, i] - zero) * scales[o, i // group] + offsets[o, i // group], q of 0 to 2**bits - 1.
+
+    Attributes:
+        bits: 4 or 8. group: inputs that share a scale; it divides the inputs.
+        codes: uint8, contiguous: of 8 bits [out, in]; of 4 bits [out, in / 2], an even input in the low half of a
+            byte and the odd one after it in the high half.
+        scales: bfloat16, float16 or float32 [out, in / group]; a scale may be negative.
+        zero: the code that stands for 0 (before ``offsets``); half the codes is symmetric.
+        offsets: of those dtypes, [out, in / group]; ``None`` = 0. A format with a zero point z a group has
+            scales * (zero - z).
+        activation: "none": x stays as it is; "per-group": the format was made for int8 x, one scale a row and group,
+            and a kernel may compute so.
+
+    Raises:
+        ValueError: tensors that do not fit each other.
+    """
+
+    codes: torch.Tensor
+    scales: torch.Tensor
+    group: int
+    bits: int = 4
+    zero: int = 8
+    offsets: torch.Tensor | None = None
+    activation: Literal["none", "per-group"] = "none"
+
+    def __post_init__(self) -> None:
+        if self.bits not in (4, 8) or not 0 <= self.zero < 2**self.bits:
+            raise ValueError(
+                f"{self.bits} bits with zero {self.zero}; bits are 4 or 8, zero is a code of theirs"
+            )
+        if self.codes.dim() != 2 or str(self.codes.dtype) != "torch.uint8":
+            raise ValueError(f"codes must be uint8 of two dimensions, got {_described(self.codes)}")
+        rows, inputs = self.shape
+        if self.group < 1 or inputs % self.group:
+            raise ValueError(f"groups of {self.group} do not divide {inputs} inputs")
+        expected = (rows, inputs // self.group)
+        for name, tensor in (("scales", self.scales), ("offsets", self.offsets)):
+            if tensor is None:
+                continue
+            if tuple(tensor.shape) != expected or str(tensor.dtype) not in _SCALE_DTYPES:
+                raise ValueError(
+                    f"{name} must be {', '.join(_SCALE_DTYPES)} of shape {list(expected)}, got {_described(tensor)}"
+                )
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        rows, stored = self.codes.shape
+        return (rows, stored * 8 // self.bits)
+
+    def dequantize(self) -> torch.Tensor:
+        rows, inputs = self.shape
+        scales = self.scales.float()
+        values = scales.new_empty((rows, inputs))
+        if self.bits == 8:
+            values.copy_(self.codes)
+        else:
+            values[:, 0::2] = self.codes & 15
+            values[:, 1::2] = self.codes >> 4
+        groups = values.view(rows, inputs // self.group, self.group)
+        groups.sub_(self.zero).mul_(scales.unsqueeze(2))
+        if self.offsets is not None:
+            groups.add_(self.offsets.float().unsqueeze(2))
+        return values
+
+    def map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> GroupedInt:
+        return replace(
+            self,
+            codes=change(self.codes),
+            scales=change(self.scales),
+            offsets=None if self.offsets is None else change(self.offsets),
+        )
+
+    def take(self, rows: torch.Tensor) -> GroupedInt:
+        return self.map(lambda tensor: tensor[rows])
+
+    def join(self, others: Sequence[WeightForm]) -> GroupedInt | None:
+        parts = [form for form in (self, *others) if isinstance(form, GroupedInt)]
+        if len(parts) != 1 + len(others) or any(part._kind != self._kind for part in parts):
+            return None
+        codes = adjacent([part.codes for part in parts])
+        scales = adjacent([part.scales for part in parts])
+        given = [part.offsets for part in parts if part.offsets is not None]
+        offsets = adjacent(given) if given else None
+        if codes is None or scales is None or (given and offsets is None):
+            return None
+        return replace(self, codes=codes, scales=scales, offsets=offsets)
+
+    @property
+    def _kind(self) -> tuple[object, ...]:
+        """What forms agree in that are one matrix."""
+        return (self.bits, self.group, self.zero, self.activation, self.offsets is None)
+
+
+_SCALE_DTYPES = ("torch.bfloat16", "torch.float16", "torch.float32")
+
+
+def _described(tensor: torch.Tensor) -> str:
+    return f"{tensor.dtype} of shape {list(tensor.shape)}"
+
+
 def adjacent(parts: Sequence[torch.Tensor]) -> torch.Tensor | None:
     """The tensor whose dimension 0 is ``parts`` one after another, if they lie so in one storage."""
     first = parts[0]
@@ -287,7 +389,17 @@ class QuantScheme(ABC):
 
     quantizes_plain: ClassVar[bool] = False
     """``True``: it reads no format of its own. Each plain weight is given to ``to_form`` as {"weight": [out, in]}
-    of the checkpoint's dtype, whatever way the checkpoint stores it, and ``config`` is empty."""
+    of the checkpoint's dtype, whatever way the checkpoint stores it, and ``config`` is the engine's
+    ``quantization_config``, empty unless given."""
+
+    quantizes_tables: ClassVar[bool] = False
+    """``True``, of one that quantizes plain weights: ``tensors`` is also asked about the token embedding
+    ("embed.weight", [vocab, hidden]). A tied output head is computed from that very form."""
+
+    row_by_row: ClassVar[bool] = False
+    """``True``, of one that quantizes plain weights: an output's codes depend on its own weights only. ``to_form``
+    is then given a few outputs at a time, straight from the file, in a ``LinearSpec`` of that many, and all tensors
+    of its forms have one entry an output: the plain weight never exists as a whole."""
 
     @classmethod
     @abstractmethod

@@ -9,7 +9,7 @@ from kvpage.api.records import (
     DecoderBackendRecord,
     LinearKernelRecord,
     ModelRecord,
-    QuantizationSchemeRecord,
+    SamplingKernelRecord,
     SchedulingPolicyRecord,
 )
 
@@ -105,18 +105,6 @@ def kvpage_scheduling_policies() -> list[SchedulingPolicyRecord]:
 
 
 @hookimpl
-def kvpage_quantization_schemes() -> list[QuantizationSchemeRecord]:
-    return [
-        QuantizationSchemeRecord(
-            name="int8",
-            factory="kvpage.builtin.int8:Int8PerChannel",
-            bits=8,
-            summary="plain weights become int8 while they load, one scale an output",
-        )
-    ]
-
-
-@hookimpl
 def kvpage_linear_kernels() -> list[LinearKernelRecord]:
     return [
         LinearKernelRecord(
@@ -136,4 +124,16 @@ def kvpage_linear_kernels() -> list[LinearKernelRecord]:
             priority=-100,
             summary="plain weights, where they lie",
         ),
+    ]
+
+
+@hookimpl
+def kvpage_sampling_kernels() -> list[SamplingKernelRecord]:
+    return [
+        SamplingKernelRecord(
+            name="torch",
+            factory="kvpage.sample.draw:TorchSampling",
+            priority=-100,
+            summary="torch and numpy; any device",
+        )
     ]

@@ -20,7 +20,8 @@ HOOK = "kvpage_quantization_schemes"
 
 @dataclass(frozen=True, slots=True)
 class SchemeChoice:
-    """A scheme and the ``quantization_config`` it is made with, empty for one that quantizes plain weights."""
+    """A scheme and the ``quantization_config`` it is made with: the checkpoint's, or the engine option of that name
+    for a scheme that quantizes plain weights."""
 
     record: QuantizationSchemeRecord
     kind: type[QuantScheme]
@@ -55,7 +56,8 @@ def find_scheme(options: EngineOptions, config: HFConfig, registry: PluginRegist
 
     Raises:
         CheckpointError: the checkpoint is quantized and no scheme reads its format.
-        ConfigError: ``quantization`` is unknown, contradicts the checkpoint, or needs a checkpoint of its format.
+        ConfigError: ``quantization`` is unknown, contradicts the checkpoint, or needs a checkpoint of its format;
+            ``quantization_config`` has a key that the scheme does not take.
         PluginError: the scheme cannot be imported.
     """
     records = registry.quantization_schemes()
@@ -68,13 +70,15 @@ def find_scheme(options: EngineOptions, config: HFConfig, registry: PluginRegist
         record = next((record for record in records if options.quantization in record.methods), None)
     if record is None:
         raise ConfigError(f"quantization={options.quantization!r} is no registered scheme; {_known(records)}")
-    choice = SchemeChoice(record, _load(record))
+    given = dict(options.quantization_config or {})
+    choice = SchemeChoice(record, _load(record), given)
     if not choice.kind.quantizes_plain:
         on_the_fly = [other.name for other in records if not other.methods]
         raise ConfigError(
             f"quantization={options.quantization!r} reads checkpoints quantized so, and {config.source} is not "
             f"quantized: leave it out, or take one that quantizes while loading ({_names(on_the_fly)})"
         )
+    record.check_options(given)
     return choice
 
 
@@ -95,6 +99,11 @@ def _stated(
         raise ConfigError(
             f"quantization={options.quantization!r} contradicts {config.source}, which is quantized by {method!r}: "
             "leave the option out, or give the unquantized checkpoint"
+        )
+    if options.quantization_config:
+        raise ConfigError(
+            f"quantization_config={dict(options.quantization_config)!r:.80} is for plain weights, and {config.source} is "
+            f"quantized ({method}) and states its own: leave the option out"
         )
     if options.load_format == "dummy":
         raise ConfigError(

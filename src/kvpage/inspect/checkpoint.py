@@ -50,7 +50,7 @@ def planned_model(options: EngineOptions, registry: PluginRegistry) -> PlannedMo
         model_path=describe_path(definition),
         stored=stored,
         quantization_config=config.quantization or {},
-        schemes={name: record.bits for record in schemes for name in (record.name, *record.methods)},
+        schemes={name: record for record in schemes for name in (record.name, *record.methods)},
         on_the_fly=tuple(record.name for record in schemes if not record.methods),
     )
 

@@ -269,7 +269,9 @@ def _quantization(model: PlannedModel, options: EngineOptions) -> Quantization |
             "leave the option out, or give the unquantized checkpoint"
         )
     method = stated or options.quantization
-    return None if method is None else Quantization.of(str(method), config, model.schemes)
+    if method is None:
+        return None
+    return Quantization.of(str(method), config, model.schemes, options.quantization_config)
 
 
 def _sequence_bytes(facts: ModelFacts, chosen: Resolved) -> int:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 from kvpage.api.model import DecoderSpec, WeightMap
 from kvpage.api.parameters import Parameter, parameters
 from kvpage.api.quant import CheckpointView
+from kvpage.api.records import QuantizationSchemeRecord
 from kvpage.config import ELEMENT_SIZES
 from kvpage.errors import CheckpointError, ConfigError
 
@@ -57,20 +58,32 @@ class Quantization:
         method: the format's name.
         bits: of a weight, with its share of what a group has (scale, zero point).
         output_bits: of what each output has besides (its scale).
+        groups: inputs that share a scale besides, the first that divides a matrix's inputs; else it has 8 bits.
+        head: the output head and the token embedding are packed too.
     """
 
     method: str
     bits: float
     output_bits: int = 0
+    groups: tuple[int, ...] = ()
+    head: bool = False
 
     @classmethod
-    def of(cls, method: str, stated: Mapping[str, Any], schemes: Mapping[str, float]) -> Quantization:
-        """From a format's name, what the checkpoint's ``quantization_config`` states, and the bits of ``schemes``.
+    def of(
+        cls,
+        method: str,
+        stated: Mapping[str, Any],
+        schemes: Mapping[str, QuantizationSchemeRecord],
+        options: Mapping[str, Any] | None = None,
+    ) -> Quantization:
+        """From a format's name, what the checkpoint's ``quantization_config`` states, and the records of ``schemes``.
+
+        ``options``: the engine's ``quantization_config``, for a scheme that quantizes plain weights.
 
         Raises:
-            ConfigError: a format of unknown size.
+            ConfigError: a format of unknown size, or options that it does not take.
         """
-        known = {**QUANTIZED_BITS, **schemes}
+        known = {**QUANTIZED_BITS, **{name: record.bits for name, record in schemes.items()}}
         if method not in known and stated:
             raise ConfigError(
                 f"the checkpoint is quantized by {method!r} (quant_method), which no installed plugin reads, and "
@@ -81,17 +94,40 @@ class Quantization:
             raise ConfigError(
                 f"quantization={method!r}: its size is not known to the plan; known are {', '.join(sorted(known))}"
             )
+        scheme = schemes.get(method)
+        if scheme is not None and not stated and not scheme.methods:
+            scheme.check_options(options or {})
+            return cls(
+                method=method,
+                bits=scheme.bits,
+                output_bits=0 if scheme.groups else SCALE_BITS,
+                groups=scheme.groups,
+                head=scheme.packs_head and bool((options or {}).get("quantize_head", True)),
+            )
         bits = float(stated.get("bits") or stated.get("w_bit") or known[method])
         group = int(stated.get("group_size") or stated.get("q_group_size") or GROUPS.get(method, 0))
         if group < 1:
-            return cls(method=method, bits=bits, output_bits=32)
+            return cls(method=method, bits=bits, output_bits=SCALE_BITS)
         # Each group has a float16 scale and a zero point of the weights' own width.
         return cls(method=method, bits=bits + (16 + bits) / group)
 
     def nbytes(self, shape: tuple[int, ...]) -> int:
         """Bytes of a weight of ``shape`` [out, in]."""
-        return int(math.prod(shape) * self.bits + shape[0] * self.output_bits) // 8
+        bits, output_bits = self.bits, self.output_bits
+        if self.groups:
+            group = next((size for size in self.groups if shape[1] % size == 0), None)
+            bits, output_bits = (8, SCALE_BITS) if group is None else (bits + 16 / group, 0)
+        return int(math.prod(shape) * bits + shape[0] * output_bits) // 8
 
+    def packs(self, parameter: Parameter) -> bool:
+        """Whether it packs ``parameter``: linear layers inside decoder layers, but routers; the head where it says."""
+        if self.head and parameter.name in ("embed.weight", "head.weight"):
+            return True
+        return _is_packed(parameter)
+
+
+SCALE_BITS = 32
+"""Of the scale that an output has where groups have none."""
 
 QUANTIZED_BITS: Mapping[str, float] = {"awq": 4, "gptq": 4, "fp8": 8}
 """Formats that a plan can size whether or not a scheme that reads them is installed."""
@@ -123,7 +159,7 @@ class PlannedModel:
     """What a plan knows of a model: its spec, the dtype it is stored in, and what its files' headers say.
 
     ``model_path``: by which path it runs. ``stored`` is empty for a folder with nothing but a config; ``quantization_config`` is the checkpoint's own.
-    ``schemes``: formats that an engine of this installation loads (or quantizes to), and their bits a weight.
+    ``schemes``: formats that an engine of this installation loads (or quantizes to).
     ``on_the_fly``: those of them that quantize plain weights.
     """
 
@@ -134,7 +170,7 @@ class PlannedModel:
     weights: WeightMap = field(default_factory=dict)
     stored: Mapping[str, StoredTensor] = field(default_factory=dict)
     quantization_config: Mapping[str, Any] = field(default_factory=dict)
-    schemes: Mapping[str, float] = field(default_factory=dict)
+    schemes: Mapping[str, QuantizationSchemeRecord] = field(default_factory=dict)
     on_the_fly: tuple[str, ...] = ()
 
 
@@ -158,7 +194,8 @@ def weigh(model: PlannedModel, *, dtype: str, ranks: int, quantization: Quantiza
         nbytes = _stored_bytes(model, modules, parameter, elements, element)
         seen += 1
         found += nbytes is not None
-        if quantization is not None and _is_packed(parameter) and (nbytes is None or becomes_packed):
+        unknown = nbytes is None or becomes_packed
+        if quantization is not None and unknown and quantization.packs(parameter):
             nbytes = quantization.nbytes(parameter.shape)
         elif nbytes is None:
             nbytes = elements * element

@@ -105,8 +105,11 @@ def _model_changes(model: PlannedModel, plan: MemoryPlan) -> list[list[_Change]]
     if plan.quantization is None:
         if chosen.dtype == "float32":
             kinds.append([_Change(flag="--dtype bfloat16", options={"dtype": "bfloat16"})])
-        for name in (*model.on_the_fly, "awq"):
-            kinds.append([_Change(flag=f"--quantization {name}", options={"quantization": name})])
+        largest_first = sorted(model.on_the_fly, key=lambda name: -model.schemes[name].bits)
+        for names in (largest_first, ["awq"]):
+            kinds.append(
+                [_Change(flag=f"--quantization {name}", options={"quantization": name}) for name in names]
+            )
     if plan.fits:
         lengths = (2**power for power in range(chosen.max_model_len.bit_length(), 6, -1))
         kinds.append([_Change(flag=f"--max-model-len {length}", options={"max_model_len": length})

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from itertools import count
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -32,6 +31,7 @@ class QuantizedWeights:
     Args:
         parameters, refs: all of the model, and where they lie.
         read_plain: a plain weight [out, in] in the checkpoint's dtype, for schemes that quantize those.
+        plain_pieces: the same, a few outputs after another; each is valid until the next is taken.
 
     Attributes:
         packed: parameters that lie in tensors of the scheme's own, not in plain ones.
@@ -49,14 +49,16 @@ class QuantizedWeights:
         parameters: Sequence[Parameter],
         refs: Mapping[str, WeightRef],
         read_plain: Callable[[Parameter], torch.Tensor],
+        plain_pieces: Callable[[Parameter], Iterator[torch.Tensor]],
     ) -> None:
-        self._scheme, self._view, self._refs, self._read_plain = scheme, view, refs, read_plain
+        self._scheme, self._view, self._refs = scheme, view, refs
+        self._read_plain, self._plain_pieces = read_plain, plain_pieces
         self._matrices: dict[str, _Matrix] = {}
         self.packed: set[str] = set()
         self.tensor_names: set[str] = set()
         if scheme is None:
             return
-        for linear in _linears(parameters, refs, by_parameter=scheme.quantizes_plain):
+        for linear in _linears(scheme, parameters, refs):
             with _blamed(scheme, linear):
                 tensors = _stated(scheme.tensors(linear, view))
             if not tensors:
@@ -78,30 +80,33 @@ class QuantizedWeights:
         Tensors with one entry an output lie one after another, so that parts whose forms agree can be joined.
         """
         held = [part for part in block if part.name in self]
-        total = sum(part.shape[0] for part in held)
-        rooms: dict[int, torch.Tensor] = {}
+        rooms = _Rooms(sum(part.shape[0] for part in held), allocate)
         forms: dict[str, WeightForm] = {}
         start = 0
         for part in held:
-            rows = part.shape[0]
-            indices = count()
-
-            def house(
-                tensor: torch.Tensor, start: int = start, rows: int = rows, indices: Iterator[int] = indices
-            ) -> torch.Tensor:
-                index = next(indices)
-                if tensor.shape[:1] != (rows,):
-                    return allocate(tuple(tensor.shape), tensor.dtype).copy_(tensor)
-                room = rooms.get(index)
-                if room is None or room.dtype != tensor.dtype or room.shape[1:] != tensor.shape[1:]:
-                    room = rooms[index] = allocate((total, *tensor.shape[1:]), tensor.dtype)
-                return room[start : start + rows].copy_(tensor)
-
-            form = self._form(part)
+            at = start
+            for form in self._forms(part):
+                with _blamed(self._scheme, self._matrices[part.name].linear):
+                    housed = rooms.put(form, at, same=at > start)
+                at += form.shape[0]
             with _blamed(self._scheme, self._matrices[part.name].linear):
-                forms[part.name] = _a_form(form.map(house), "map()")
-            start += rows
+                forms[part.name] = rooms.get(housed, start, at) if self._by_rows else housed
+            start += part.shape[0]
         return forms
+
+    @property
+    def _by_rows(self) -> bool:
+        return self._scheme is not None and self._scheme.quantizes_plain and self._scheme.row_by_row
+
+    def _forms(self, parameter: Parameter) -> Iterator[WeightForm]:
+        """The form of one parameter, or those of its outputs a few at a time."""
+        if not self._by_rows:
+            yield self._form(parameter)
+            return
+        matrix = self._matrices[parameter.name]
+        for piece in self._plain_pieces(parameter):
+            linear = replace(matrix.linear, out_features=piece.shape[0])
+            yield self._made(linear, {"weight": piece})
 
     def _check(self, linear: LinearSpec, tensors: Mapping[str, TensorSpec]) -> None:
         """Every tensor is there as the scheme expects it, and the weight is not there a second time, plain."""
@@ -134,17 +139,7 @@ class QuantizedWeights:
         matrix = self._matrices[parameter.name]
         linear = matrix.linear
         if matrix.form is None:
-            with _blamed(self._scheme, linear):
-                matrix.form = _a_form(
-                    self._scheme.to_form(linear, self._tensors(parameter, matrix)), "to_form()"
-                )
-                shape = tuple(matrix.form.shape)
-            expected = (linear.out_features, linear.in_features)
-            if shape != expected:
-                raise PluginError(
-                    f"quantization scheme {type(self._scheme).__name__} made a form of shape {list(shape)} "
-                    f"of {linear.name!r}, expected {list(expected)}"
-                )
+            matrix.form = self._made(linear, self._tensors(parameter, matrix))
         form, ref = matrix.form, self._refs[parameter.name]
         matrix.waiting.discard(parameter.name)
         if not matrix.waiting:
@@ -155,6 +150,20 @@ class QuantizedWeights:
         with _blamed(self._scheme, linear):
             return _a_form(form.take(torch.cat(parts)), "take()")
 
+    def _made(self, linear: LinearSpec, tensors: Mapping[str, torch.Tensor]) -> WeightForm:
+        """What the scheme makes of ``tensors``, of the shape that ``linear`` says."""
+        assert self._scheme is not None
+        with _blamed(self._scheme, linear):
+            form = _a_form(self._scheme.to_form(linear, tensors), "to_form()")
+            shape = tuple(form.shape)
+        expected = (linear.out_features, linear.in_features)
+        if shape != expected:
+            raise PluginError(
+                f"quantization scheme {type(self._scheme).__name__} made a form of shape {list(shape)} "
+                f"of {linear.name!r}, expected {list(expected)}"
+            )
+        return form
+
     def _tensors(self, parameter: Parameter, matrix: _Matrix) -> dict[str, torch.Tensor]:
         assert self._scheme is not None
         if self._scheme.quantizes_plain:
@@ -162,18 +171,70 @@ class QuantizedWeights:
         return {suffix: self._view.read(f"{matrix.linear.name}.{suffix}") for suffix in matrix.tensors}
 
 
+class _Rooms:
+    """Memory of a block's forms: for each of their tensors, in the order of ``map``, that of all outputs."""
+
+    __slots__ = ("_allocate", "_rooms", "_total")
+
+    def __init__(self, total: int, allocate: Callable[[tuple[int, ...], torch.dtype], torch.Tensor]) -> None:
+        self._total, self._allocate = total, allocate
+        self._rooms: dict[int, torch.Tensor] = {}
+
+    def put(self, form: WeightForm, start: int, *, same: bool) -> WeightForm:
+        """``form`` of the outputs from ``start`` on, its tensors copied to their place.
+
+        ``same``: it continues the form that was put before; every tensor has one entry an output.
+        """
+        rows, index = form.shape[0], -1
+
+        def house(tensor: torch.Tensor) -> torch.Tensor:
+            nonlocal index
+            index += 1
+            if tensor.shape[:1] != (rows,):
+                return self._allocate(tuple(tensor.shape), tensor.dtype).copy_(tensor)
+            room = self._rooms.get(index)
+            if room is None or room.dtype != tensor.dtype or room.shape[1:] != tensor.shape[1:]:
+                if same:
+                    raise TypeError("row_by_row, and its forms of some outputs differ from those of others")
+                room = self._allocate((self._total, *tensor.shape[1:]), tensor.dtype)
+                self._rooms[index] = room
+            return room[start : start + rows].copy_(tensor)
+
+        return _a_form(form.map(house), "map()")
+
+    def get(self, form: WeightForm, start: int, stop: int) -> WeightForm:
+        """The form of the outputs [start, stop), which were put; ``form`` is one of its parts."""
+        rows, index = form.shape[0], -1
+
+        def whole(tensor: torch.Tensor) -> torch.Tensor:
+            nonlocal index
+            index += 1
+            if tensor.shape[:1] != (rows,):
+                raise TypeError(
+                    f"row_by_row, and a tensor of its form of {rows} outputs has shape {list(tensor.shape)}"
+                )
+            return self._rooms[index][start:stop]
+
+        return _a_form(form.map(whole), "map()")
+
+
 def _linears(
-    parameters: Sequence[Parameter], refs: Mapping[str, WeightRef], *, by_parameter: bool
+    scheme: QuantScheme, parameters: Sequence[Parameter], refs: Mapping[str, WeightRef]
 ) -> list[LinearSpec]:
-    """The linear matrices of a model as they are stored, or with ``by_parameter`` one a parameter.
+    """The matrices that ``scheme`` is asked about: as they are stored, or plain ones one a parameter.
 
     Matrices that are entries of a larger tensor (all experts in one) have no tensors of their own that a format
-    could have packed: such a parameter is left out unless ``by_parameter``.
+    could have packed: such a parameter is left out unless plain ones are meant.
     """
+    by_parameter = scheme.quantizes_plain
     stored: dict[str, list[Parameter]] = {}
     for parameter in parameters:
         ref = refs[parameter.name]
-        if parameter.kind == "linear" and (by_parameter or ref.index is None):
+        if parameter.kind == "linear":
+            asked = by_parameter or ref.index is None
+        else:
+            asked = by_parameter and scheme.quantizes_tables and parameter.name == "embed.weight"
+        if asked:
             stored.setdefault(parameter.name if by_parameter else ref.name, []).append(parameter)
     return [
         LinearSpec(

@@ -49,7 +49,7 @@ def load_weights(
     tied but the checkpoint has a head that differs from the embedding, the head is loaded too, as "head.weight".
 
     Args:
-        scheme: gives the forms of the linear weights that it holds; without one all are ``Dense``.
+        scheme: gives the forms of the linear weights (and tables) that it holds; without one all are ``Dense``.
         progress: called with (bytes so far, bytes in all) of the weights in ``dtype``.
 
     Raises:
@@ -87,7 +87,9 @@ class _Loader:
         self._refs = {name: present(ref, known) for name, ref in definition.weights.items()}
         if definition.spec.head.tied:
             self._untie()
-        self._quantized = QuantizedWeights(scheme, view, self._parameters, self._refs, self._read_plain)
+        self._quantized = QuantizedWeights(
+            scheme, view, self._parameters, self._refs, self._read_plain, self._plain_pieces
+        )
         self._total = sum(_count(parameter) for parameter in self._parameters) * dtype.itemsize
         self._done = 0
 
@@ -197,7 +199,7 @@ class _Loader:
 
     def _allocate(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         if self._device.type == "cpu":
-            return self._arena.allocate(shape, dtype)
+            return self._arena.allocate(shape, dtype, huge_pages=True)
         return torch.empty(shape, dtype=dtype, device=self._device)
 
     def _read_plain(self, parameter: Parameter) -> torch.Tensor:
@@ -208,11 +210,19 @@ class _Loader:
         self._fill(weight, ref)
         return weight
 
+    def _plain_pieces(self, parameter: Parameter) -> Iterator[torch.Tensor]:
+        """The same, some outputs at a time: views of the file where they are stored so."""
+        ref = self._refs[parameter.name]
+        if ref.transpose:
+            yield self._read_plain(parameter)
+        else:
+            yield from self._pieces(ref)
+
     def _fill(self, target: torch.Tensor, ref: WeightRef) -> None:
         """Read ``ref`` into ``target`` [out, ...]."""
-        stored = entry_shape(self._view.info(ref.name).shape, ref)
-        first = 0 if ref.index is None else ref.index * stored[0]
         if ref.transpose:
+            stored = entry_shape(self._view.info(ref.name).shape, ref)
+            first = 0 if ref.index is None else ref.index * stored[0]
             taken = columns(ref, stored[1])
             at = 0
             for piece in self._view.slices(ref.name, first, first + stored[0]):
@@ -220,10 +230,16 @@ class _Loader:
                 at += piece.shape[0]
             return
         at = 0
+        for piece in self._pieces(ref):
+            target[at : at + piece.shape[0]].copy_(piece)
+            at += piece.shape[0]
+
+    def _pieces(self, ref: WeightRef) -> Iterator[torch.Tensor]:
+        """The outputs of a ``ref`` that is not transposed, piece by piece."""
+        stored = entry_shape(self._view.info(ref.name).shape, ref)
+        first = 0 if ref.index is None else ref.index * stored[0]
         for start, stop in ranges(ref, stored[0]):
-            for piece in self._view.slices(ref.name, first + start, first + stop):
-                target[at : at + piece.shape[0]].copy_(piece)
-                at += piece.shape[0]
+            yield from self._view.slices(ref.name, first + start, first + stop)
 
     def _unused(self) -> Iterator[str]:
         used = {ref.name for ref in self._refs.values()} | self._quantized.tensor_names

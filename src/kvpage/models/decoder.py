@@ -43,7 +43,7 @@ class Decoder:
 
     def __init__(self, spec: DecoderSpec, weights: Mapping[str, WeightForm], env: DecoderEnv) -> None:
         self.spec = spec
-        self._embed = Embedding(spec.embedding, weights)
+        self._embed = Embedding(spec.embedding, weights, getattr(torch, env.dtype))
         self._layers = [Layer(layer, weights, f"layers.{i}", env) for i, layer in enumerate(spec.layers)]
         self._final_norm = build_norm(spec.final_norm, weights, "final_norm")
         # A tied head has a weight of its own only where the checkpoint's differs from the embedding.
