@@ -24,6 +24,7 @@ from kvpage.api.records import (
     ModelRecord,
     ProposerRecord,
     QuantizationSchemeRecord,
+    SamplingKernelRecord,
     SchedulingPolicyRecord,
 )
 
@@ -68,6 +69,15 @@ def kvpage_quantization_schemes() -> Sequence[QuantizationSchemeRecord]:
 @hookspec
 def kvpage_linear_kernels() -> Sequence[LinearKernelRecord]:
     """Linear kernels: compute a weight form on a device; they never know the file."""
+    return ()
+
+
+@hookspec
+def kvpage_sampling_kernels() -> Sequence[SamplingKernelRecord]:
+    """Sampling kernels: make tokens of logits, on a device.
+
+    Chosen once an engine: by priority, then name, the first that is for the device and can be made there.
+    """
     return ()
 
 

@@ -38,6 +38,7 @@ def test_explain_says_which_backend_and_why(checkpoint: str, capsys: pytest.Capt
     assert "checkpoint reader:\n  safetensors: chosen" in out
     assert "quantization scheme:\n  none: the checkpoint is plain" in out
     assert "linear kernel for plain weights:\n  torch: chosen, the first that supports plain weights" in out
+    assert "sampling kernel:\n  torch: chosen, by priority (priority -100)" in out
     assert main(["plugins", "explain", checkpoint, "--json", "-q", "int8"]) == 0
     facts = json.loads(capsys.readouterr().out)
     assert facts["need"]["head_dims"] == [8]
@@ -45,7 +46,7 @@ def test_explain_says_which_backend_and_why(checkpoint: str, capsys: pytest.Capt
     assert chosen == {
         "attention backend": "reference", "decoder backend": "torch", "checkpoint reader": "safetensors",
         "quantization scheme": "int8", "linear kernel for weights of scheme int8": "",
-        "linear kernel for plain weights": "torch",
+        "linear kernel for plain weights": "torch", "sampling kernel": "torch",
     }  # fmt: skip
     of_scheme = next(choice for choice in facts["choices"] if "of scheme" in choice["kind"])
     assert of_scheme["why"].startswith(

@@ -16,7 +16,8 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
-from kvpage.sample.draw import NO_TOKEN, Shaping, draw, likeliest, weights
+from kvpage.api.sampling import NO_TOKEN, SamplingEnv, Shaping
+from kvpage.sample.draw import TorchSampling, draw, likeliest, weights
 
 COMBINATIONS = [
     {"temperature": 0.7},
@@ -172,6 +173,19 @@ def test_rows_that_have_no_token_say_so_and_leave_the_others_alone() -> None:
     good = np.delete(np.arange(24), bad)
     assert np.array_equal(greedy[good], alone[good])
     assert np.array_equal(sampled[good], drawn[good])
+
+
+def test_a_row_of_temperature_0_takes_its_likeliest_token_beside_rows_that_draw() -> None:
+    logits = random_logits(5, 50, seed=4)
+    points = np.linspace(0, 0.99, 5, dtype=np.float32)
+    mixed = shaping(5)
+    mixed.temperature[[0, 3]] = 0.0
+    expected = draw(logits.clone(), shaping(5), points)
+    expected[[0, 3]] = likeliest(logits)[[0, 3]]
+    kernel = TorchSampling(SamplingEnv("cpu", 50))
+    assert np.array_equal(kernel.draw(logits.clone(), mixed, points), expected)
+    mixed.temperature[:] = 0.0
+    assert np.array_equal(kernel.draw(logits.clone(), mixed, points), likeliest(logits))
 
 
 asked_rows = st.fixed_dictionaries(

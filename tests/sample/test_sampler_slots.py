@@ -14,8 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvpage import SamplingParams
-from kvpage.api.sampling import LogitsProcessor
+from kvpage.api.sampling import LogitsProcessor, SamplingEnv
 from kvpage.errors import RequestError
+from kvpage.sample.draw import TorchSampling
 from kvpage.sample.sampler import Sampler
 
 VOCAB = 64
@@ -79,7 +80,11 @@ class Failing(LogitsProcessor):
 
 def sampler(**processors: Callable[[], LogitsProcessor]) -> Sampler:
     return Sampler(
-        vocab_size=VOCAB, num_slots=SLOTS, eos_token_ids=[2], processors={"seen": Recorder, **processors}
+        vocab_size=VOCAB,
+        num_slots=SLOTS,
+        eos_token_ids=[2],
+        processors={"seen": Recorder, **processors},
+        kernel=TorchSampling(SamplingEnv("cpu", VOCAB)),
     )
 
 

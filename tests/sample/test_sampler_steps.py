@@ -13,7 +13,9 @@ import torch
 from transformers.generation.logits_process import NoBadWordsLogitsProcessor, RepetitionPenaltyLogitsProcessor
 
 from kvpage import SamplingParams
+from kvpage.api.sampling import SamplingEnv
 from kvpage.errors import RequestError
+from kvpage.sample.draw import TorchSampling
 from kvpage.sample.sampler import Sampled, Sampler
 
 VOCAB = 50
@@ -21,7 +23,13 @@ EOS = 2
 
 
 def sampler() -> Sampler:
-    return Sampler(vocab_size=VOCAB, num_slots=8, eos_token_ids=[EOS], processors={})
+    return Sampler(
+        vocab_size=VOCAB,
+        num_slots=8,
+        eos_token_ids=[EOS],
+        processors={},
+        kernel=TorchSampling(SamplingEnv("cpu", VOCAB)),
+    )
 
 
 def params(**fields: Any) -> SamplingParams:

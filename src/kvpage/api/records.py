@@ -152,6 +152,20 @@ class LinearKernelRecord(Record):
 
 
 @dataclass(frozen=True, kw_only=True)
+class SamplingKernelRecord(Record):
+    """``factory`` names a subclass of ``kvpage.api.sampling.SamplingKernel``. Of those that are for the engine's device
+    and can be made there, the highest ``priority`` is taken, then the first name; the torch kernel has -100.
+
+    Attributes:
+        devices: types of torch devices ("cuda"); empty = any.
+    """
+
+    devices: tuple[str, ...] = ()
+    priority: int = 0
+    summary: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModelRecord(Record):
     """``factory`` names a function (ModelConfig, *, max_model_len: int | None) -> ModelDefinition, types of
     ``kvpage.api.model``, for these ``architectures`` (entries of config.json's "architectures").

@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from kvpage.engine.quantization import SchemeChoice
 
 EXPLAIN = """\
-Which attention backend, decoder backend, checkpoint reader, quantization scheme and linear kernels an engine with
-these flags would take, why not each other one, and what plugins say of this machine."""
+Which attention backend, decoder backend, checkpoint reader, quantization scheme, linear kernels and sampling kernel an
+engine with these flags would take, why not each other one, and what plugins say of this machine."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +73,7 @@ def explain(arguments: Sequence[str]) -> int:
         _reader(options, registry, source.reader),
         _scheme(registry, scheme),
         *_kernels(registry, backends, scheme),
+        _sampling(registry, backends),
     ]
     if namespace.json:
         facts = {"model": str(options.model), "need": _need(need), "block_size": size,
@@ -150,6 +151,13 @@ def _scheme(registry: PluginRegistry, scheme: SchemeChoice | None) -> Explained:
     why = "named by --quantization" if method is None else f"it reads the checkpoint's {method}"
     others = _others(records, scheme.record.name, (), f"{scheme.record.name} is taken")
     return Explained("quantization scheme", scheme.record.name, why, others)
+
+
+def _sampling(registry: PluginRegistry, backends: Backends) -> Explained:
+    choice = backends.sampling
+    name = choice.record.name
+    others = _others(registry.sampling_kernels(), name, choice.rejected, f"{name} was found first")
+    return Explained("sampling kernel", name, f"by priority (priority {choice.record.priority})", others)
 
 
 def _kernels(registry: PluginRegistry, backends: Backends, scheme: SchemeChoice | None) -> list[Explained]:

@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 from kvpage.api.events import EventListener
 from kvpage.api.model import DecoderEnv, DecoderSpec, PagedModelSpec
 from kvpage.api.quant import WeightForm
+from kvpage.api.sampling import SamplingEnv
 from kvpage.api.scheduling import SchedulingPolicy
 from kvpage.config import EngineOptions, Resolved
 from kvpage.engine.attention import attention_need, attention_trial
@@ -18,6 +19,7 @@ from kvpage.engine.kernels import KernelLog
 from kvpage.errors import ConfigError, PluginError
 from kvpage.plugins import BackendChoice, DecoderChoice, PluginRegistry, load
 from kvpage.plugins.factories import make, unavailable
+from kvpage.plugins.sampling import SamplingChoice, choose_sampling
 from kvpage.plugins.selection import BuiltDecoder, Rejected, choose_kernels, no_lines
 
 LOG = logging.getLogger("kvpage")
@@ -32,6 +34,7 @@ class Backends:
     decoder: DecoderChoice | None
     env: DecoderEnv
     kernels: KernelLog
+    sampling: SamplingChoice
 
     def build(self, spec: DecoderSpec, weights: Mapping[str, WeightForm], *, owned: bool) -> BuiltDecoder:
         """The model, by the first decoder backend that builds it. ``owned``: the weights are this engine's alone.
@@ -57,7 +60,7 @@ def _log(kind: str, rejected: Rejected, broken: Collection[str], level: int) -> 
 def choose_backends(
     options: EngineOptions, registry: PluginRegistry, spec: PagedModelSpec, device: str, dtype: str
 ) -> Backends:
-    """Attention backend, decoder backend and linear kernels for a model.
+    """Attention backend, decoder backend, linear kernels and sampling kernel for a model.
 
     Raises:
         ConfigError: a backend that ``options`` name is unknown or cannot serve, or none is left.
@@ -69,6 +72,8 @@ def choose_backends(
         LOG.warning("linear kernel %s", line)
     log = KernelLog(kernels)
     env = DecoderEnv(device=device, dtype=dtype, linear_kernels=tuple(kernels.values()), on_linear=log.note)
+    sampling = choose_sampling(registry.sampling_kernels(), SamplingEnv(device, spec.vocab_size))
+    _log("sampling kernel", sampling.rejected, sampling.broken, logging.INFO)
     trial = attention_trial(options, spec, device, dtype)
     if isinstance(spec, DecoderSpec):
         decoder = registry.select_decoder(
@@ -80,7 +85,7 @@ def choose_backends(
             trial=trial,
         )
         _log("decoder backend", decoder.rejected, decoder.broken, logging.INFO)
-        backends = Backends(decoder.attention, decoder, env, log)
+        backends = Backends(decoder.attention, decoder, env, log, sampling)
     elif options.decoder_backend is not None:
         raise ConfigError(
             f"decoder_backend={options.decoder_backend!r} runs models that a family describes, and {spec.family} "
@@ -88,7 +93,7 @@ def choose_backends(
         )
     else:
         attention = registry.select_attention_backend(need, options.attention_backend, trial)
-        backends = Backends(attention, None, env, log)
+        backends = Backends(attention, None, env, log, sampling)
     for line in backends.attention.ignored:
         LOG.warning("%s", line)
     _log("attention backend", backends.attention.rejected, backends.attention.broken, logging.DEBUG)
@@ -108,6 +113,7 @@ def with_backends(config: Resolved, backends: Backends, decoder: str, reason: st
             if backends.decoder is not None
             else f"none: the model is computed by {decoder}' own code"
         ),
+        "sampling_kernel": backends.sampling.reason,
         "model_impl": path,
     }
     return replace(config, attention_backend=attention.record.name, decoder_backend=decoder, reasons=reasons)

@@ -111,6 +111,7 @@ def build_engine(options: EngineOptions, plugins: PluginRegistry | None) -> Engi
                 num_slots=config.max_num_seqs,
                 eos_token_ids=eos,
                 processors=processors,
+                kernel=backends.sampling.kernel,
                 device=device,
             ),
             spec.vocab_size,

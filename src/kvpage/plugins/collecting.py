@@ -24,6 +24,7 @@ from kvpage.api.records import (
     ProposerRecord,
     QuantizationSchemeRecord,
     Record,
+    SamplingKernelRecord,
     SchedulingPolicyRecord,
 )
 from kvpage.errors import PluginError
@@ -36,6 +37,7 @@ HOOKS: Mapping[str, type[Record]] = {
     "kvpage_checkpoint_readers": CheckpointReaderRecord,
     "kvpage_quantization_schemes": QuantizationSchemeRecord,
     "kvpage_linear_kernels": LinearKernelRecord,
+    "kvpage_sampling_kernels": SamplingKernelRecord,
     "kvpage_models": ModelRecord,
     "kvpage_logits_processors": LogitsProcessorRecord,
     "kvpage_proposers": ProposerRecord,

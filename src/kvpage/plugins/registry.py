@@ -21,6 +21,7 @@ from kvpage.api.records import (
     ProposerRecord,
     QuantizationSchemeRecord,
     Record,
+    SamplingKernelRecord,
     SchedulingPolicyRecord,
 )
 from kvpage.errors import CheckpointError, PluginError
@@ -39,7 +40,9 @@ from kvpage.plugins.factories import description, load
 from kvpage.plugins.selection import BackendChoice, DecoderChoice, Trial, choose_attention, choose_decoder
 
 R = TypeVar("R", bound=Record)
-Prioritized = TypeVar("Prioritized", AttentionBackendRecord, DecoderBackendRecord, LinearKernelRecord)
+Prioritized = TypeVar(
+    "Prioritized", AttentionBackendRecord, DecoderBackendRecord, LinearKernelRecord, SamplingKernelRecord
+)
 
 
 class PluginRegistry:
@@ -164,6 +167,10 @@ class PluginRegistry:
     def linear_kernels(self) -> list[LinearKernelRecord]:
         """All of them, in the order of preference: priority down, then name."""
         return _by_priority(self._all("kvpage_linear_kernels", LinearKernelRecord))
+
+    def sampling_kernels(self) -> list[SamplingKernelRecord]:
+        """All of them, in the order of preference: priority down, then name."""
+        return _by_priority(self._all("kvpage_sampling_kernels", SamplingKernelRecord))
 
     def checkpoint_readers(self) -> list[CheckpointReaderRecord]:
         """All of them, in the order of registration, in which they are asked."""

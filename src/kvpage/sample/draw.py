@@ -9,44 +9,37 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from kvpage.api.sampling import NO_TOKEN, SamplingKernel, Shaping
+
 Int64Array: TypeAlias = npt.NDArray[np.int64]
 Float32Array: TypeAlias = npt.NDArray[np.float32]
-Float64Array: TypeAlias = npt.NDArray[np.float64]
-
-NO_TOKEN = -1
-"""In place of a token where a row has none: NaN logits, or every token forbidden."""
 
 _CPU_ROWS = 8  # rows worked on at once, so that their temporaries stay in the second-level cache
 _DEVICE_ROWS = 256
 _TOP_P_HEAD = 512  # likeliest tokens looked at before a whole row is sorted
 
 
-@dataclass(frozen=True, slots=True)
-class Shaping:
-    """How each of N rows shapes its distribution.
+class TorchSampling(SamplingKernel):
+    """The builtin kernel, for any device that torch has."""
 
-    Attributes:
-        temperature: float32 [N], above 0.
-        top_k: int64 [N]; 0 = all.
-        top_p: float64 [N]; 1 = all.
-        min_p: float32 [N]; 0 = all.
-    """
+    def likeliest(self, logits: torch.Tensor) -> Int64Array:
+        return likeliest(logits)
 
-    temperature: Float32Array
-    top_k: Int64Array
-    top_p: Float64Array
-    min_p: Float32Array
-
-    def rows(self, chosen: slice) -> Shaping:
-        """The same for some of the rows."""
-        return Shaping(self.temperature[chosen], self.top_k[chosen], self.top_p[chosen], self.min_p[chosen])
+    def draw(self, logits: torch.Tensor, shaping: Shaping, uniforms: Float32Array) -> Int64Array:
+        drawn = np.flatnonzero(shaping.temperature)
+        if len(drawn) == len(logits):
+            return draw(logits, shaping, uniforms)
+        greedy = np.flatnonzero(shaping.temperature == 0.0)
+        token_ids = np.empty(len(logits), dtype=np.int64)
+        token_ids[greedy] = likeliest(select_rows(logits, greedy))
+        token_ids[drawn] = draw(select_rows(logits, drawn), shaping.rows(drawn), uniforms[drawn])
+        return token_ids
 
 
 def likeliest(logits: torch.Tensor) -> Int64Array:
@@ -75,7 +68,7 @@ def draw(logits: torch.Tensor, shaping: Shaping, uniforms: Float32Array) -> Int6
 
     Args:
         logits: float32, bfloat16 or float16 [N, V]; float32 ones are changed.
-        shaping: of the N rows.
+        shaping: of the N rows; temperatures above 0.
         uniforms: float32 [N] in [0, 1).
 
     Returns:

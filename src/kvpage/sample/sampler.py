@@ -11,11 +11,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from kvpage.api.sampling import LogitsProcessor
+from kvpage.api.sampling import NO_TOKEN, LogitsProcessor, SamplingKernel, Shaping
 from kvpage.outputs import PositionLogprobs
 from kvpage.params import SamplingParams
 from kvpage.sample.custom import CustomProcessors
-from kvpage.sample.draw import NO_TOKEN, Shaping, draw, likeliest, select_rows
+from kvpage.sample.draw import select_rows
 from kvpage.sample.logprobs import position_logprobs, prompt_position_logprobs, raw_logprobs
 from kvpage.sample.noise import uniforms
 from kvpage.sample.processors import SlotRules, apply_rules, slot_rules
@@ -75,6 +75,7 @@ class Sampler:
         num_slots: slots are 0 .. num_slots - 1.
         eos_token_ids: what min_tokens forbids beside stop_token_ids.
         processors: name -> what makes the logits processor; each is made once, when a request first names it.
+        kernel: makes tokens of logits (steps 8 to 11).
         device: where logits live.
     """
 
@@ -85,11 +86,13 @@ class Sampler:
         num_slots: int,
         eos_token_ids: Sequence[int],
         processors: Mapping[str, Callable[[], LogitsProcessor]],
+        kernel: SamplingKernel,
         device: torch.device | str = "cpu",
     ) -> None:
         self.vocab_size = vocab_size
         self.device = torch.device(device)
         self._eos_token_ids = tuple(eos_token_ids)
+        self._kernel = kernel
         self._custom = CustomProcessors(processors)
         self._rules: dict[int, SlotRules] = {}
         # All [num_slots]. A position is the index that the slot's next token will have.
@@ -99,7 +102,7 @@ class Sampler:
         self._seeds = np.zeros(num_slots, dtype=np.uint64)
         self._streams = np.zeros(num_slots, dtype=np.int64)
         self._logprobs = np.zeros(num_slots, dtype=np.int64)
-        self._temperature = np.ones(num_slots, dtype=np.float32)
+        self._temperature = np.zeros(num_slots, dtype=np.float32)  # 0 = greedy
         self._top_k = np.zeros(num_slots, dtype=np.int64)
         self._top_p = np.ones(num_slots, dtype=np.float64)
         self._min_p = np.zeros(num_slots, dtype=np.float32)
@@ -167,7 +170,7 @@ class Sampler:
         self._seeds[slot] = seed
         self._streams[slot] = stream
         self._logprobs[slot] = params.logprobs or 0
-        self._temperature[slot] = temperature
+        self._temperature[slot] = temperature if temperature >= GREEDY_BELOW else 0.0
         self._top_k[slot] = min(max(0, params.top_k or 0), self.vocab_size)
         self._top_p[slot] = 1.0 if params.top_p is None else params.top_p
         self._min_p[slot] = params.min_p or 0.0
@@ -209,7 +212,7 @@ class Sampler:
         if needed & _CHANGES:
             logits = logits.float().contiguous()
             errors = self._change(logits, slots, flags)
-        token_ids = self._choose(logits, slots, flags, needed) if needed & _DRAWS else likeliest(logits)
+        token_ids = self._draw(logits, slots) if needed & _DRAWS else self._kernel.likeliest(logits)
         for row in np.flatnonzero(token_ids == NO_TOKEN).tolist():
             errors.setdefault(row, _diagnosis(logits[row]))
         tokens: list[int] = token_ids.tolist()
@@ -251,21 +254,12 @@ class Sampler:
         greedy = (flags[rows] & _DRAWS) == 0
         return self._custom.apply(logits, rows.tolist(), slots[rows].tolist(), greedy.tolist())
 
-    def _choose(self, logits: torch.Tensor, slots: Int64Array, flags: Int64Array, needed: int) -> Int64Array:
-        """Steps 8 to 11 where at least one row draws."""
-        draws = (flags & _DRAWS) != 0
-        if draws.all():
-            return self._draw(logits, slots)
-        token_ids = np.empty(len(slots), dtype=np.int64)
-        token_ids[draws] = self._draw(select_rows(logits, np.flatnonzero(draws)), slots[draws])
-        token_ids[~draws] = likeliest(select_rows(logits, np.flatnonzero(~draws)))
-        return token_ids
-
     def _draw(self, logits: torch.Tensor, slots: Int64Array) -> Int64Array:
+        """Steps 8 to 11 where at least one row draws."""
         shaping = Shaping(
             self._temperature[slots], self._top_k[slots], self._top_p[slots], self._min_p[slots]
         )
-        return draw(
+        return self._kernel.draw(
             logits, shaping, uniforms(self._seeds[slots], self._positions[slots], self._streams[slots])
         )
 
