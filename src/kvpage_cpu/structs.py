@@ -139,6 +139,22 @@ class KvpStep(ctypes.Structure):
     )
 
 
+class KvpSampling(ctypes.Structure):
+    _fields_ = (
+        ("type", c_int32),
+        ("num_rows", c_int32),
+        ("vocab_size", c_int32),
+        ("logits", c_void_p),
+        ("logits_stride", c_int64),
+        ("temperature", c_void_p),
+        ("top_k", c_void_p),
+        ("top_p", c_void_p),
+        ("min_p", c_void_p),
+        ("uniforms", c_void_p),
+        ("token_ids", c_void_p),
+    )
+
+
 SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "kvp_abi_version": (c_int, ()),
     "kvp_best_isa": (c_int, ()),
@@ -170,6 +186,7 @@ SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "kvp_block_bytes": (c_int64, (c_int32, c_int32, c_int32, c_int32, c_int32)),
     "kvp_step": (c_int, (c_void_p, POINTER(KvpModel), POINTER(KvpStep))),
     "kvp_logits": (c_int, (c_void_p, POINTER(KvpModel), c_int64, c_void_p, c_void_p)),
+    "kvp_sample": (c_int, (c_void_p, POINTER(KvpSampling))),
     "kvp_read_bandwidth": (c_double, (c_void_p, c_void_p, c_int64)),
 }
 """Exported function -> (result, arguments)."""

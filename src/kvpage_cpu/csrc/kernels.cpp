@@ -5,6 +5,7 @@
 #include "decoder.h"
 #include "elementwise.h"
 #include "linear.h"
+#include "sampling.h"
 
 namespace KVP_NS {
 namespace {
@@ -84,14 +85,20 @@ void write_kv_job(void* argument, int thread, int threads) {
     }
 }
 
+void sample_job(void* argument, int thread, int threads) {
+    const SampleJob& job = *(const SampleJob*)argument;
+    sample(*job.sampling, job.memory + thread * job.bytes, thread, threads);
+}
+
 constexpr const char* NAMES[] = {"portable", "avx2", "avx512", "avx512_bf16"};
 
 }  // namespace
 
 extern const Kernels kernels;
 const Kernels kernels = {
-    NAMES[KVP_ISA], pack_job,     linear_job, read_rows_job, attend_job,   write_kv_job, step_job,
-    logits_job,     linear_bytes, attend_scratch_bytes,      step_bytes,   logits_bytes, block_bytes,
+    NAMES[KVP_ISA], pack_job,     linear_job,   read_rows_job,        attend_job, write_kv_job, step_job,
+    logits_job,     sample_job,   linear_bytes, attend_scratch_bytes, step_bytes, logits_bytes, block_bytes,
+    sample_scratch_bytes,
 };
 
 }  // namespace KVP_NS

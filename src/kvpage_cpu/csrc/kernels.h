@@ -64,14 +64,21 @@ struct LogitsJob {
     char* memory;  // logits_bytes()
 };
 
+struct SampleJob {
+    const KvpSampling* sampling;
+    char* memory;  // `bytes` a thread
+    size_t bytes;
+};
+
 struct Kernels {
     const char* name;
-    Team::Job pack, linear, read_rows, attend, write_kv, step, logits;
+    Team::Job pack, linear, read_rows, attend, write_kv, step, logits, sample;
     size_t (*linear_bytes)(const KvpLinear&, int64_t rows, int threads);
     size_t (*attend_scratch)(const KvpAttention&);
     size_t (*step_bytes)(const KvpModel&, const KvpStep&, int threads);
     size_t (*logits_bytes)(const KvpModel&, int64_t rows, int threads);
     size_t (*block_bytes)(int, int, int, int, int);
+    size_t (*sample_scratch)(int vocab_size);
 };
 
 // One a set; null where the library was built without it.

@@ -173,6 +173,17 @@ int kvp_logits(KvpContext* context, const KvpModel* model, int64_t rows, const f
     return run(context, context->kernels->logits, &job);
 }
 
+int kvp_sample(KvpContext* context, const KvpSampling* sampling) {
+    const bool alone = sampling->num_rows <= 1;  // its caller is done before the team is awake
+    const size_t bytes = (context->kernels->sample_scratch(sampling->vocab_size) + 4095) / 4096 * 4096;
+    char* const memory = context->workspace.at_least(bytes * (alone ? 1 : context->team->size()));
+    if (!memory) return KVP_NO_MEMORY;
+    SampleJob job = {sampling, memory, bytes};
+    if (!alone) return run(context, context->kernels->sample, &job);
+    context->kernels->sample(&job, 0, 1);
+    return 0;
+}
+
 namespace {
 struct BandwidthJob {
     const char* memory;
