@@ -21,7 +21,7 @@ struct Rows {
     int group;          // s8_group: columns that share a scale
     int block_height;   // most rows of a block
     char* data;
-    float* scales;      // s8: [M], s8_group: [M][groups]
+    float* scales;      // s8: [M], s8_group: [M][groups]; bf16 for int4 with offsets: sums of 32 columns [M][K / 32]
     int32_t* sums;      // of the int8 values, likewise
 };
 
