@@ -46,10 +46,11 @@ def test_ci_runs_the_tests_with_the_command_of_the_readme_and_no_other() -> None
     assert sum(line.endswith(".venv/bin/pytest") for line in text("README.md").splitlines()) == 1
     outsider = "../outsider/bin/python"  # the example's own tests, in its own environment
     browser = "-m browser"  # tests that the command runs as well, alone, where a Chromium is
+    kernels = "pytest tests/cpu "  # likewise, on a library with sanitizers
     mentions = [
         line
         for line in text(".ci/run").splitlines()
-        if "pytest" in line and outsider not in line and browser not in line
+        if "pytest" in line and not any(known in line for known in (outsider, browser, kernels))
     ]
     assert len(mentions) == 2
     assert "$(readme_command pytest)" in mentions[0]
