@@ -1,15 +1,16 @@
 #include "attention.h"
 
 #include "attention_cache.h"
+#include "attention_softmax.h"
 
 namespace KVP_NS {
+
+#define KVP_MEMBER inline __attribute__((always_inline))
 
 namespace {
 
 constexpr int SPLIT = 1024;         // keys of a partial result; partial results are merged in order
 constexpr int ROWS_OF_UNIT = 112;   // rows (query, head) of a unit of work, at least one query
-constexpr float LOG2_E = 1.44269504f;
-constexpr float NOTHING = -__builtin_inff();  // the largest score of a row that has seen no key
 constexpr size_t LINE_BYTES = 64;
 
 int group_of(const KvpAttention& layer) { return layer.heads / layer.kv_heads; }
@@ -98,14 +99,16 @@ struct Range {
 template <int KV_TYPE>
 class Attention {
     static constexpr bool PAIRS = KV_TYPE != KVP_F32;
-    using Element = typename Left<PAIRS>::Type;
+    static constexpr bool NARROW = Left<PAIRS>::LINE_VALUES > LINE;  // the left side of products is in bf16
+    using Weight = typename Left<PAIRS>::Value;
 
   public:
     Attention(const KvpAttention& layer, char* memory)
         : layer_(layer), shape_(layer), scratch_(layer, memory), group_(group_of(layer)), dim_(padded(layer.v_head_dim)),
           elements_(layer.head_dim * LINE / Left<PAIRS>::LINE_VALUES),
           query_bytes_((elements_ + LINE - 1) / LINE * LINE * 4),
-          key_stride_(KV_TYPE == KVP_I8 ? 4 * PIECE : shape_.step), factor_(layer.scale * LOG2_E) {}
+          key_stride_(KV_TYPE == KVP_I8 ? 4 * PIECE : shape_.step), scoring_{layer.scale, layer.softcap, KV_TYPE == KVP_I8 ? scratch_.k_scales : nullptr,
+                   KV_TYPE == KVP_I8 ? scratch_.v_scales : nullptr} {}
 
     void run(const Unit& unit) {
         start(unit);
@@ -149,27 +152,30 @@ class Attention {
             const int row = first + m;
             const int64_t from = (first_token_ + row / group_) * layer_.q_token +
                                  ((int64_t)unit_.head * group_ + row % group_) * layer_.q_head;
-            for (int d = 0; d < layer_.head_dim; d += 8) {
+            const char* const ahead = (const char*)layer_.q + (from + 3 * layer_.q_token) * (layer_.io_type == KVP_F32 ? 4 : 2);
+            for (int d = 0; d < layer_.head_dim; d += LINE) {
+                __builtin_prefetch(ahead + 4 * d);
                 const int line = d / Left<PAIRS>::LINE_VALUES, within = d % Left<PAIRS>::LINE_VALUES;
-                read_query(from + d, out + ((int64_t)line * rows + m) * LINE_BYTES, within);
+                char* const to = out + ((int64_t)line * rows + m) * LINE_BYTES + within * sizeof(Weight);
+                if (layer_.head_dim - d >= LINE) read_query(from + d, LINE, (Weight*)to);
+                else read_query(from + d, LINE / 2, (Weight*)to);
             }
         }
     }
 
-    // 8 numbers of a query into a line.
-    void read_query(int64_t from, char* line, int within) const {
+    // `count` (16 or 8) numbers of a query, rounded to bf16 where it is multiplied with bf16.
+    KVP_MEMBER void read_query(int64_t from, int count, Weight* out) const {
         const bool wide = layer_.io_type == KVP_F32;
         const float* const floats = (const float*)layer_.q + from;
         const uint16_t* const halves = (const uint16_t*)layer_.q + from;
-        if constexpr (sizeof(Element) * LINE / Left<PAIRS>::LINE_VALUES == 2) {
-            uint16_t* const out = (uint16_t*)line + within;
-            if (!wide) memcpy(out, halves, 16);
-            else for (int i = 0; i < 8; i++) out[i] = to_bf16(floats[i]);
+        if constexpr (NARROW) {
+            if (!wide) memcpy(out, halves, sizeof(uint16_t) * (size_t)count);
+            else if (count % W == 0) store_bf16(out, load(floats));
+            else for (int i = 0; i < count; i++) out[i] = to_bf16(floats[i]);
         } else {
-            float* const out = (float*)line + within;
-            if (!wide) for (int i = 0; i < 8; i++) out[i] = from_bf16(halves[i]);
-            else if (PAIRS) for (int i = 0; i < 8; i++) out[i] = from_bf16(to_bf16(floats[i]));
-            else memcpy(out, floats, 32);
+            if (wide) memcpy(out, floats, sizeof(float) * (size_t)count);
+            else for (int i = 0; i < count; i++) out[i] = from_bf16(halves[i]);
+            if (PAIRS && wide) for (int i = 0; i < count; i++) out[i] = from_bf16(to_bf16(floats[i]));
         }
     }
 
@@ -272,55 +278,32 @@ class Attention {
         }
     }
 
-    // Scores of a block become probabilities relative to each row's largest so far; factors: what the sums of the
-    // tiles before are worth now.
+    // Scores of a block become weights relative to each row's largest so far; factors: what the sums of the tiles
+    // before are worth now.
     void weigh(int first, int rows, Range pieces, int start, float* factors) {
         float* const largest = scratch_.largest + first;
-        float now[2 * LINE], before[2 * LINE];
-        for (int m = 0; m < 2 * LINE; m++) now[m] = before[m] = 0.0f;
+        float now[2 * LINE] = {}, change[2 * LINE] = {};
         const int from = pieces.first * PIECE, to = pieces.last * PIECE;
+        const Scoring scoring = scoring_;
+        const float factor = scoring.factor();
+        float* const scores = scratch_.scores;
         for (int m = 0; m < rows; m++) {
             const Range seen = keys_of(first + m, first + m + 1);
-            const float most = prepare_scores(scratch_.scores + m * TILE, from, to, seen.first - start, seen.last - start);
-            before[m] = largest[m];
-            if (most > largest[m]) largest[m] = most;
-            now[m] = largest[m] == NOTHING ? 0.0f : largest[m];
+            const float most = prepare_row(scoring, scores + m * TILE, from, to, seen.first - start, seen.last - start) * factor;
+            const float before = largest[m];
+            const float after = most > before ? most : before;
+            now[m] = after == NOTHING ? 0.0f : after;
+            change[m] = before - now[m];
+            largest[m] = after;
         }
-        for (int m = 0; m < rows; m += W) store(factors + m, power_of_two(load(before + m) - load(now + m)));
+        for (int m = 0; m < rows; m += W) store(factors + m, power_of_two<false>(load(change + m)));
+        F* const sums = scratch_.weight_sums + first;
+        Weight* const weights = (Weight*)scratch_.weights;
         for (int m = 0; m < rows; m++) {
-            F sum = zero();
-            const F most = splat(now[m]);
-            for (int key = from; key < to; key += W) {
-                F weight = power_of_two(load(scratch_.scores + m * TILE + key) - most);
-                sum = sum + weight;
-                if constexpr (KV_TYPE == KVP_I8) weight = weight * load(scratch_.v_scales + key);
-                store_weight((key / PIECE * rows + m) * PIECE + key % PIECE, weight);
-            }
-            F& sums = scratch_.weight_sums[first + m];
-            sums = fma(sums, splat(factors[m]), sum);
+            const F sum = weigh_row<PAIRS>(scores + m * TILE, from, to, factor, now[m], scoring.v_scales,
+                                           weights + m * PIECE, (int64_t)rows * PIECE);
+            sums[m] = fma(sums[m], splat(factors[m]), sum);
         }
-    }
-
-    inline __attribute__((always_inline)) void store_weight(int index, F weight) {
-        if constexpr (sizeof(Element) * LINE / Left<PAIRS>::LINE_VALUES == 2)
-            store_bf16((uint16_t*)scratch_.weights + index, weight);
-        else store((float*)scratch_.weights + index, weight);
-    }
-
-    // One row's scores [from, to) in powers of two, -inf outside of [oldest, end). Returns the largest.
-    inline __attribute__((always_inline)) float prepare_scores(float* scores, int from, int to, int oldest, int end) {
-        F most = splat(NOTHING);
-        const bool capped = layer_.softcap != 0.0f;
-        for (int key = from; key < to; key += W) {
-            F x = load(scores + key);
-            if constexpr (KV_TYPE == KVP_I8) x = x * load(scratch_.k_scales + key);
-            if (capped) x = soft_capped(x * splat(layer_.scale), layer_.softcap) * splat(LOG2_E);
-            else x = x * splat(factor_);
-            if (key < oldest || key + W > end) x = choose(lanes_between(key, oldest, end), x, splat(NOTHING));
-            store(scores + key, x);
-            most = max(most, x);
-        }
-        return largest_lane(most);
     }
 
     // The split's result joins those before it. A row that saw none of its keys stays as it is, to the bit.
@@ -345,7 +328,7 @@ class Attention {
 
     static float power(float x) {
         float lanes[W];
-        store(lanes, power_of_two(splat(x)));
+        store(lanes, power_of_two<false>(splat(x)));
         return lanes[0];
     }
 
@@ -408,7 +391,7 @@ class Attention {
     const int elements_;        // of a query, as the left side of a product
     const int64_t query_bytes_;
     const int64_t key_stride_;  // bytes from step to step of K, as the micro-kernels read it
-    const float factor_;        // of scores, to powers of two
+    const Scoring scoring_;
 
     Unit unit_ = {};
     Sequence sequence_ = {};

@@ -1,4 +1,4 @@
-// Micro-kernels of attention: queries x keys, probabilities x values, and the softmax between them.
+// Micro-kernels of attention: queries x keys, and probabilities x values.
 //
 // A product's left side (queries, probabilities) is broadcast piece by piece against vectors of its right side (16 or
 // so tokens of K, elements of V), so that no sum runs across lanes. Both sides of a 32-bit piece are one f32 or a pair
@@ -25,6 +25,7 @@ constexpr int TALLEST = 4, FEW = 1;
 template <bool PAIRS>
 struct Left {
     using Type = float;
+    using Value = float;
     static constexpr int STEP = PAIRS ? 2 : 1;     // elements of Type a step takes
     static constexpr int PIECE_SIZE = PIECE;       // elements of Type that hold the probabilities of a piece
     static constexpr int LINE_VALUES = LINE;       // numbers in a line
@@ -32,7 +33,8 @@ struct Left {
 #if KVP_ISA == 3
 template <>
 struct Left<true> {
-    using Type = uint32_t;
+    using Type = uint32_t;   // a pair of
+    using Value = uint16_t;
     static constexpr int STEP = 1;
     static constexpr int PIECE_SIZE = PIECE / 2;
     static constexpr int LINE_VALUES = 2 * LINE;
@@ -146,64 +148,6 @@ static void add_values(const Values& values, int column, const float* factors, f
     }
     KVP_UNROLL for (int m = 0; m < M; m++)
         KVP_UNROLL for (int n = 0; n < N; n++) store(sums_memory + m * row + column + n * W, sums[m][n]);
-}
-
-// 2^x for x <= 0, to 1e-7 relative; exactly 1 at 0, exactly 0 at -inf.
-KVP_INLINE F power_of_two(F x) {
-#if KVP_ISA >= 2
-    x = max(x, splat(-200.0f));
-    const F whole = _mm512_roundscale_ps(x, 8);
-#else
-    x = max(x, splat(-127.0f));
-    const I n = to_int(x);
-    const F whole = to_float(n);
-#endif
-    const F r = x - whole;
-    F y = fma(splat(1.3264731e-3f), r, splat(9.6715130e-3f));
-    y = fma(y, r, splat(5.5507336e-2f));
-    y = fma(y, r, splat(2.4022242e-1f));
-    y = fma(y, r, splat(6.9314700e-1f));
-    y = fma(y, r, splat(1.0f));
-#if KVP_ISA >= 2
-    return _mm512_scalef_ps(y, whole);
-#else
-    return y * as_float(shift_left(add(n, splat_int(127)), 23));
-#endif
-}
-
-typedef int32_t Lanes __attribute__((vector_size(sizeof(F))));
-
-KVP_INLINE F choose(Lanes mask, F yes, F no) { return (F)(((Lanes)yes & mask) | ((Lanes)no & ~mask)); }
-
-// All bits of the lanes [first, last), counted from `start`.
-KVP_INLINE Lanes lanes_between(int start, int first, int last) {
-    static const int32_t BITS[3 * W] = {
-#if KVP_ISA >= 2
-        0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1,
-#elif KVP_ISA == 1
-        0, 0, 0, 0, 0, 0, 0, 0, -1, -1, -1, -1, -1, -1, -1, -1,
-#else
-        0, 0, 0, 0, -1, -1, -1, -1,
-#endif
-    };
-    first = first < start ? 0 : first - start < W ? first - start : W;
-    last = last < start ? 0 : last - start < W ? last - start : W;
-    return (Lanes)load_bits(BITS + W - first) & (Lanes)load_bits(BITS + 2 * W - last);
-}
-
-KVP_INLINE float largest_lane(F x) {
-#if KVP_ISA >= 2
-    return _mm512_reduce_max_ps(x);
-#else
-    return largest(x);
-#endif
-}
-
-// y = cap * tanh(x / cap), with tanh |z| = (1 - e^-2|z|) / (1 + e^-2|z|)
-KVP_INLINE F soft_capped(F x, float cap) {
-    const F e = exp(splat(-2.0f / cap) * abs(x));
-    const F size = splat(cap) * (splat(1.0f) - e) / (splat(1.0f) + e);
-    return (F)((Lanes)size | ((Lanes)x & (Lanes)splat_int((int32_t)0x80000000)));
 }
 
 }  // namespace KVP_NS
