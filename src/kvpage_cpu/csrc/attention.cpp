@@ -193,8 +193,9 @@ class Attention {
         for (int start = tiles[0].start; start < seen.last; start += TILE, current ^= 1) {
             const bool more = start + TILE < seen.last;
             if (more) find(start + TILE, seen, tiles[current ^ 1]);
-            stage(tiles[current], seen);
-            const Tile& next = tiles[more ? current ^ 1 : current];
+            if (!more) tiles[current ^ 1] = tiles[current];
+            const Tile& next = tiles[current ^ 1];
+            stage(tiles[current], next, seen);
             for (int block = 0; block < blocks_; block++) attend_block(block, tiles[current], next);
         }
     }
@@ -215,17 +216,17 @@ class Attention {
     }
 
     // Copies what the micro-kernels cannot read in place: codes, V of odd widths, V beside slots that are not written.
-    void stage(Tile& tile, Range seen) {
+    void stage(Tile& tile, const Tile& next, Range seen) {
         const int first = seen.first > tile.start ? (seen.first - tile.start) / PIECE : 0;
         const int last = seen.last - tile.start < TILE ? (seen.last - tile.start + PIECE - 1) / PIECE : PIECES;
         const int written = length_ - tile.start;
         for (int piece = first; piece < last; piece++) {
             const bool whole = written >= (piece + 1) * PIECE;
-            if constexpr (KV_TYPE == KVP_I8) stage_codes(tile, piece, written);
+            if constexpr (KV_TYPE == KVP_I8) stage_codes(tile, next, piece, written);
             else if (whole && dim_ == layer_.v_head_dim) continue;
             char* const out = scratch_.staged_values + (int64_t)piece * PIECE * dim_ * (PAIRS ? 2 : 4);
             const int count = whole ? PIECE : written - piece * PIECE;
-            stage_value_piece<KV_TYPE>(tile.values[piece], layer_.v_head_dim, dim_, count, out);
+            stage_value_piece<KV_TYPE>(tile.values[piece], next.values[piece], layer_.v_head_dim, dim_, count, out);
             tile.values[piece] = out;
         }
         if constexpr (KV_TYPE == KVP_I8)
@@ -233,14 +234,14 @@ class Attention {
                 if (piece < first || piece >= last) tile.keys[piece] = tile.keys[first];
     }
 
-    void stage_codes(Tile& tile, int piece, int written) {
+    void stage_codes(Tile& tile, const Tile& next, int piece, int written) {
         const int token = tile.start + piece * PIECE, within = token % sequence_.block_size;
         const float* const scales = (const float*)(sequence_.block(token) + shape_.k + shape_.v) + within;
         float *const k = scratch_.k_scales + piece * PIECE, *const v = scratch_.v_scales + piece * PIECE;
         memcpy(k, scales, sizeof(float) * PIECE);
         for (int i = 0; i < PIECE; i++) v[i] = piece * PIECE + i < written ? scales[sequence_.block_size + i] : 0.0f;
         uint16_t* const out = (uint16_t*)scratch_.staged_keys + (int64_t)piece * PIECE * layer_.head_dim;
-        widen_key_piece(tile.keys[piece], shape_.step, layer_.head_dim, out);
+        widen_key_piece(tile.keys[piece], next.keys[piece], shape_.step, layer_.head_dim, out);
         tile.keys[piece] = (const char*)out;
     }
 
@@ -254,7 +255,8 @@ class Attention {
         score(block, rows, pieces, tile);
         float factors[2 * LINE];
         weigh(first, rows, pieces, tile.start, factors);
-        const Values values = {scratch_.weights, tile.values, next.keys, key_stride_, pieces.first, pieces.last, dim_};
+        const char* const* const ahead = KV_TYPE == KVP_I8 ? tile.keys : next.keys;  // codes are prefetched by stage()
+        const Values values = {scratch_.weights, tile.values, ahead, key_stride_, pieces.first, pieces.last, dim_};
         float* const sums = scratch_.sums + (int64_t)first * dim_;
         for (int column = 0; column < dim_;) {
             int vectors = rows <= FEW ? 4 : 2;

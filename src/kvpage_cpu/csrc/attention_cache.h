@@ -36,34 +36,40 @@ struct Sequence {
     const char* block(int token) const { return kv + (int64_t)table[token / block_size] * block_bytes; }
 };
 
-// bf16 pairs of int8 codes, in their order; `count` is a multiple of 16.
+// bf16 of int8 codes, in their order: exact, as 8 bits fit its significand. `count` is a multiple of 16.
 KVP_INLINE void widen_codes(const int8_t* codes, uint16_t* out, int count) {
-    for (int i = 0; i < count; i += 16) {
-#if KVP_ISA == 3
-        const __m512 values = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)(codes + i))));
-        _mm256_storeu_si256((__m256i*)(out + i), (__m256i)_mm512_cvtneps_pbh(values));
-#else
-        for (int lane = 0; lane < 16; lane++) {  // exact: 8 bits fit bf16's significand
+    int i = 0;
+#if KVP_ISA >= 2
+    const __m512i odd_words = _mm512_set_epi16(63, 61, 59, 57, 55, 53, 51, 49, 47, 45, 43, 41, 39, 37, 35, 33, 31, 29, 27,
+                                               25, 23, 21, 19, 17, 15, 13, 11, 9, 7, 5, 3, 1);
+    for (; i + 32 <= count; i += 32) {
+        const __m128i* const p = (const __m128i*)(codes + i);
+        const __m512i low = (__m512i)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(p)));
+        const __m512i high = (__m512i)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(p + 1)));
+        _mm512_storeu_si512(out + i, _mm512_permutex2var_epi16(low, odd_words, high));
+    }
+#endif
+    for (; i < count; i += 16) {
+        for (int lane = 0; lane < 16; lane++) {
             const float value = (float)codes[i + lane];
             uint32_t bits;
             memcpy(&bits, &value, sizeof bits);
             out[i + lane] = (uint16_t)(bits >> 16);
         }
-#endif
     }
 }
 
-// Codes of 16 tokens from K of an int8 block: [D / 2][bs][2] -> bf16 [D / 2][PIECE][2].
-KVP_INLINE void widen_key_piece(const char* codes, int64_t step, int head_dim, uint16_t* out) {
+// Codes of 16 tokens from K of an int8 block: [D / 2][bs][2] -> bf16 [D / 2][PIECE][2]; `ahead` is read after it.
+KVP_INLINE void widen_key_piece(const char* codes, const char* ahead, int64_t step, int head_dim, uint16_t* out) {
     for (int pair = 0; pair < head_dim / 2; pair++) {
+        __builtin_prefetch(ahead + pair * step);
         widen_codes((const int8_t*)codes + pair * step, out + pair * 2 * PIECE, 2 * PIECE);
-        __builtin_prefetch(codes + pair * step + 4 * step);
     }
 }
 
-// V of 16 tokens -> the same with rows of `padded` elements, zero where they lack; tokens from `count` on are zero.
+// V of 16 tokens -> the same, wide, with rows of `padded` elements, zero where they lack and from token `count` on.
 template <int KV_TYPE>
-void stage_value_piece(const char* value, int dim, int padded, int count, char* out) {
+void stage_value_piece(const char* value, const char* ahead, int dim, int padded, int count, char* out) {
     constexpr int TOKENS = KV_TYPE == KVP_F32 ? 1 : 2;  // in a row
     constexpr int SIZE = 4;                             // bytes of a row's element in `out`
     for (int row = 0; row < PIECE / TOKENS; row++, out += (int64_t)padded * SIZE) {
@@ -71,7 +77,11 @@ void stage_value_piece(const char* value, int dim, int padded, int count, char* 
         int64_t filled = 0;
         if (left > 0) {
             filled = (int64_t)dim * SIZE;
-            if constexpr (KV_TYPE == KVP_I8) widen_codes((const int8_t*)value + (int64_t)row * 2 * dim, (uint16_t*)out, 2 * dim);
+            if constexpr (KV_TYPE == KVP_I8) {
+                const int64_t at = (int64_t)row * 2 * dim;
+                for (int line = 0; line < 2 * dim; line += 64) __builtin_prefetch(ahead + at + line);
+                widen_codes((const int8_t*)value + at, (uint16_t*)out, 2 * dim);
+            }
             else memcpy(out, value + (int64_t)row * dim * SIZE, (size_t)filled);
         }
         if (TOKENS == 2 && left == 1)
