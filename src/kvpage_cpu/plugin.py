@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 from kvpage import hookimpl
-from kvpage.api.records import AttentionBackendRecord, DecoderBackendRecord, LinearKernelRecord
+from kvpage.api.records import (
+    AttentionBackendRecord,
+    DecoderBackendRecord,
+    LinearKernelRecord,
+    SamplingKernelRecord,
+)
 
 
 @hookimpl
@@ -35,5 +40,17 @@ def kvpage_linear_kernels() -> list[LinearKernelRecord]:
             name="cpu",
             factory="kvpage_cpu.linear:CpuLinear",
             summary="native products of int8 and int4 weights",
+        )
+    ]
+
+
+@hookimpl
+def kvpage_sampling_kernels() -> list[SamplingKernelRecord]:
+    return [
+        SamplingKernelRecord(
+            name="cpu",
+            factory="kvpage_cpu.sampling:CpuSampling",
+            devices=("cpu",),
+            summary="native argmax and draws, without sorting",
         )
     ]
