@@ -386,9 +386,9 @@ class CausalLM(Protocol):
     """What the runner calls; the torch Decoder, or anything that keeps this contract."""
 
     def forward(self, token_ids: torch.Tensor, positions: torch.Tensor, ctx: StepContext) -> torch.Tensor:
-        """int64 [T], int64 [T] -> hidden states after the final norm [T, H]."""
+        """int64 [T], int64 [T] -> hidden states after the final norm [T, H], of the model's dtype or float32."""
         ...
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """[N, H] -> [N, V]."""
+        """[N, H], as ``forward`` gives them -> [N, V], of the model's dtype or float32."""
         ...

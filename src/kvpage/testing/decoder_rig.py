@@ -122,8 +122,13 @@ class DecoderRig:
         count = blocks * self.block_size
         self.token_ids[borrower][:count] = self.token_ids[owner][:count]
 
-    def step(self, model: CausalLM, rows: Sequence[Row], trailing: int = 0) -> list[torch.Tensor]:
-        """Hidden states [tokens, H] of each row, one forward for all; ``trailing`` padding tokens come last."""
+    def step(
+        self, model: CausalLM, rows: Sequence[Row], trailing: int = 0, wanted: Sequence[int] | None = None
+    ) -> list[torch.Tensor]:
+        """Hidden states [tokens, H] of each row, one forward for all; ``trailing`` padding tokens come last.
+
+        ``wanted``: rows whose last state will be read; ``None`` = all states.
+        """
         everyone = [*rows, Row(None, 0, trailing)] if trailing else list(rows)
         tokens = [t for row in everyone for t in self._tokens(row)]
         positions = [p for row in everyone for p in self._positions(row)]
@@ -131,6 +136,9 @@ class DecoderRig:
         with torch.inference_mode():
             batches = [self._batch(group, everyone) for group in self.groups]
             context = StepOfSuite(self, where, batches)
+            if wanted is not None:
+                ends = torch.tensor([row.count for row in everyone], device="cpu").cumsum(0) - 1
+                context.wanted = ends[list(wanted)].int()
             ids = torch.tensor(tokens, dtype=torch.int64, device=self.device)
             hidden = model.forward(ids, where, context)
         return list(hidden.split([row.count for row in everyone]))[: len(rows)]

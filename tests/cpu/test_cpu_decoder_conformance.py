@@ -1,0 +1,46 @@
+"""The native decoder passes the suite of decoder backends with each instruction set that this processor has."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from kvpage.testing.decoder_backends import DecoderBackendConformance
+from kvpage.testing.decoder_models import sample_specs
+from kvpage_cpu.attention import CpuAttention
+from kvpage_cpu.decoder import CpuDecoder
+from kvpage_cpu.native import ISA_VARIABLE, ISAS, available_isas
+
+
+class CpuDecoderSuite(DecoderBackendConformance):
+    decoder = CpuDecoder
+    attention_backend = CpuAttention
+    must_build = tuple(name for name in sample_specs(8) if "expert" not in name)
+    isa = ISAS[0]
+
+    @pytest.fixture(autouse=True)
+    def _forced(self, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+        if self.isa not in available_isas():
+            pytest.skip(f"this processor has no {self.isa}")
+        monkeypatch.setenv(ISA_VARIABLE, self.isa)
+        yield
+
+
+class TestPortable(CpuDecoderSuite):
+    isa = "portable"
+
+
+class TestAvx2(CpuDecoderSuite):
+    isa = "avx2"
+
+
+class TestAvx512(CpuDecoderSuite):
+    isa = "avx512"
+
+
+class TestAvx512Bf16(CpuDecoderSuite):
+    isa = "avx512_bf16"
+
+
+del DecoderBackendConformance, CpuDecoderSuite
