@@ -18,6 +18,7 @@ def kvpage_attention_backends() -> list[AttentionBackendRecord]:
             name="cpu",
             factory="kvpage_cpu.attention:CpuAttention",
             summary="native kernels for x86-64, chosen by the processor",
+            describe="kvpage_cpu.native:describe",
         )
     ]
 
@@ -29,6 +30,7 @@ def kvpage_decoder_backends() -> list[DecoderBackendRecord]:
             name="cpu",
             factory="kvpage_cpu.decoder:CpuDecoder",
             summary="all layers in one native call, over attention backend cpu",
+            describe="kvpage_cpu.native:describe",
         )
     ]
 
@@ -40,6 +42,7 @@ def kvpage_linear_kernels() -> list[LinearKernelRecord]:
             name="cpu",
             factory="kvpage_cpu.linear:CpuLinear",
             summary="native products of int8 and int4 weights",
+            describe="kvpage_cpu.native:describe",
         )
     ]
 
@@ -52,5 +55,6 @@ def kvpage_sampling_kernels() -> list[SamplingKernelRecord]:
             factory="kvpage_cpu.sampling:CpuSampling",
             devices=("cpu",),
             summary="native argmax and draws, without sorting",
+            describe="kvpage_cpu.native:describe",
         )
     ]
