@@ -19,12 +19,24 @@ from typing import Any, ClassVar
 
 import torch
 
-from kvpage.api.quant import ChannelInt8, Dense, LinearEnv, LinearKernel, WeightForm
+from kvpage.api.quant import ChannelInt8, Dense, GroupedInt, LinearEnv, LinearKernel, WeightForm
 from kvpage.testing.comparing import require, require_close, require_equal
 from kvpage.testing.suite import ConformanceSuite, not_claimed
 
 SHAPES = ((1, 1), (7, 5), (33, 17), (64, 48), (40, 100), (130, 256), (96, 1536))
 """[out, in] of the default samples: odd, whole vectors, more than one block, long sums."""
+
+
+GROUPED_SHAPES = (
+    (1, 32, 32),
+    (7, 64, 32),
+    (33, 192, 64),
+    (40, 128, 128),
+    (130, 384, 128),
+    (65, 96, 96),
+    (5, 10, 2),
+)
+"""[out, in, group] of the default samples: one group and several, groups that are the whole row, odd outputs."""
 
 
 class ForeignForm(WeightForm):
@@ -63,7 +75,38 @@ def sample_forms() -> Mapping[str, WeightForm]:
     largest = torch.full((3, 2048), 127, dtype=torch.int8, device="cpu")
     tiny = torch.tensor([1e-3, 0.0, 1e-6], device="cpu")
     forms["ChannelInt8-largest-codes"] = ChannelInt8(codes=largest, scales=tiny)
+    for outputs, inputs, group in GROUPED_SHAPES:
+        name = f"GroupedInt-4-bit-{outputs}x{inputs}-groups-of-{group}"
+        forms[name] = _grouped(outputs, inputs, group, generator)
+        forms[f"{name}-offsets"] = _grouped(outputs, inputs, group, generator, offsets=True)
+    forms["GroupedInt-8-bit-33x192-groups-of-32"] = _grouped(33, 192, 32, generator, bits=8, offsets=True)
+    float16 = _grouped(19, 128, 64, generator, offsets=True)
+    forms["GroupedInt-float16-scales"] = float16.map(
+        lambda tensor: tensor.half() if tensor.is_floating_point() else tensor
+    )
+    largest = torch.zeros((3, 1024), dtype=torch.uint8, device="cpu")
+    signs = torch.tensor([[1e-3], [-1e-3], [0.0]], device="cpu").expand(3, 16)
+    forms["GroupedInt-largest-codes"] = GroupedInt(codes=largest, scales=signs.bfloat16(), group=128)
     return forms
+
+
+def _grouped(
+    outputs: int, inputs: int, group: int, generator: torch.Generator, *, bits: int = 4, offsets: bool = False
+) -> GroupedInt:
+    """Random codes; scales and offsets are numbers of bfloat16."""
+    codes = torch.randint(0, 256, (outputs, inputs * bits // 8), generator=generator, device="cpu")
+    groups = (outputs, inputs // group)
+    scales, added = (
+        (torch.rand(groups, generator=generator, device="cpu") - 0.2).mul(0.02).bfloat16() for _ in range(2)
+    )
+    return GroupedInt(
+        codes=codes.to(torch.uint8),
+        scales=scales,
+        group=group,
+        bits=bits,
+        zero=2 ** (bits - 1),
+        offsets=added if offsets else None,
+    )
 
 
 class LinearKernelConformance(ConformanceSuite):
