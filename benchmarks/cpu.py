@@ -58,6 +58,9 @@ def options() -> argparse.Namespace:
     parser.add_argument(
         "--patience", type=float, default=1800.0, help="seconds an engine may take for anything"
     )
+    parser.add_argument(
+        "--part", type=int, default=1, choices=[1, 2, 4, 8, 16], help="divides every length, to try"
+    )
     parser.add_argument("--scaling", action="store_true", help="kvpage alone over batch, context and threads")
     parser.add_argument("--largest-context", type=int, default=max(CONTEXTS), help="of --scaling")
     parser.add_argument("--log", type=Path, help="what the engines print (a temporary file otherwise)")
@@ -88,7 +91,8 @@ def measure(given: argparse.Namespace, setup: Setup) -> dict[str, Any]:
         document["probe"] = bounds.about
         for model in given.model:
             works = [
-                workload(name, Shape(**document["models"][model]).vocabulary) for name in given.workloads
+                workload(name, Shape(**document["models"][model]).vocabulary, given.part)
+                for name in given.workloads
             ]
             for dtype in given.dtypes:
                 found = compare(setup, bounds, given.engines, model, dtype, works, given.rounds)
@@ -98,9 +102,11 @@ def measure(given: argparse.Namespace, setup: Setup) -> dict[str, Any]:
 
 
 def _begin(given: argparse.Namespace) -> dict[str, Any]:
-    document: dict[str, Any] = {"runs": [], "engines": [], "scaling": [], "models": {}}
+    document: dict[str, Any] = {"runs": [], "engines": [], "scaling": [], "models": {}, "part": given.part}
     if given.out and given.out.exists():
         document |= json.loads(given.out.read_text(encoding="utf-8"))
+        if document["part"] != given.part:
+            raise SystemExit(f"{given.out} holds runs of --part {document['part']}")
     for model in given.model:
         document["models"][model] = asdict(Shape.read(given.models / f"{model}-bf16"))
     return {**document, "machine": describe(), "commit": _commit(), "date": date.today().isoformat()}

@@ -143,6 +143,11 @@ class Worker:
             raise WorkerError(answer["error"])
         return answer
 
+    @property
+    def process_id(self) -> int:
+        """Of the process, which leads a group of its own."""
+        return self._process.pid
+
     def peak_memory(self) -> int:
         """Bytes that were resident at most (VmHWM, files mapped included), the sum over descendants."""
         total = 0

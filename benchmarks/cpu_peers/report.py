@@ -23,7 +23,7 @@ def cells(document: Mapping[str, Any]) -> list[Record]:
     """
     shapes = {name: Shape(**fields) for name, fields in document["models"].items()}
     works = {
-        (model, name): workload(name, shape.vocabulary)
+        (model, name): workload(name, shape.vocabulary, document["part"])
         for model, shape in shapes.items()
         for name in WORKLOADS
     }
@@ -31,7 +31,7 @@ def cells(document: Mapping[str, Any]) -> list[Record]:
     for run in document["runs"]:
         groups.setdefault((run["model"], run["dtype"], run["workload"], run["engine"]), []).append(run)
     found = []
-    for model in shapes:
+    for model, shape in shapes.items():
         for dtype in TYPES:
             for name in WORKLOADS:
                 base = _speeds(works[model, name], groups.get((model, dtype, name, "kvpage"), []))
@@ -39,7 +39,7 @@ def cells(document: Mapping[str, Any]) -> list[Record]:
                     runs = groups.get((model, dtype, name, engine), [])
                     if runs:
                         which = {"model": model, "dtype": dtype, "workload": name, "engine": engine}
-                        found.append({**which, **_cell(shapes[model], works[model, name], dtype, runs, base)})
+                        found.append({**which, **_cell(shape, works[model, name], dtype, runs, base)})
     return found
 
 
@@ -81,14 +81,10 @@ def speed_table(found: Sequence[Record]) -> str:
         best = max(
             (row[peer] for peer in peers if peer in row), key=lambda cell: cell["median"], default=None
         )
-        texts = [f"{model} {BITS[dtype]}, {name}", _range(own)]
-        texts += [
-            "" if own is None else _number(own["bound"]),
-            "" if own is None else f"{own['of_bound']:.0%}",
-        ]
-        texts += [_range(row.get(peer)) for peer in peers]
-        ratio = best["kvpage_ratio"] if best and own else None
-        texts.append(f"**{ratio:.2f}** ({best['engine']})" if best and ratio is not None else "")
+        texts = [f"{model} {BITS[dtype]}, {name}", _range(own), _number(next(iter(row.values()))["bound"])]
+        texts += ["" if own is None else f"{own['of_bound']:.0%}", *(_range(row.get(peer)) for peer in peers)]
+        ratio = None if best is None else best["kvpage_ratio"]
+        texts.append("" if best is None or ratio is None else f"**{ratio:.2f}** ({best['engine']})")
         lines.append("| " + " | ".join(texts) + " |")
     return "\n".join(lines)
 

@@ -54,22 +54,26 @@ class Workload:
         return sum(request.new for request in self.requests)
 
 
-def workload(name: str, vocabulary: int) -> Workload:
-    """The requests of workload ``name``, the same ones at each call, ids below ``vocabulary``."""
+def workload(name: str, vocabulary: int, part: int = 1) -> Workload:
+    """The requests of workload ``name``, the same ones at each call, ids below ``vocabulary``.
+
+    Args:
+        part: every length is divided by it, for a run that only shows that everything works.
+    """
     draw = random.Random(f"{SEED} {name}")
 
     def ids(count: int) -> list[int]:
         return [draw.randrange(FIRST_PLAIN_ID, vocabulary) for _ in range(count)]
 
     if name == "a":
-        return Workload(name, [Request(ids(128), 128)])
+        return Workload(name, [Request(ids(128 // part), 128 // part)])
     if name == "b":
-        return Workload(name, [Request(ids(prompt), new) for prompt, new in LENGTHS_B])
+        return Workload(name, [Request(ids(prompt // part), new // part) for prompt, new in LENGTHS_B])
     if name == "c":
-        prefix = ids(PREFIX)
-        return Workload(name, [Request(prefix + ids(32), 32) for _ in range(32)], shared=PREFIX)
+        prefix = ids(PREFIX // part)
+        return Workload(name, [Request(prefix + ids(32), 32 // part) for _ in range(32)], shared=len(prefix))
     if name == "d":
-        return Workload(name, [Request(ids(2048), 1)])
+        return Workload(name, [Request(ids(2048 // part), 1)])
     raise ValueError(f"there is no workload {name!r}; there are {', '.join(WORKLOADS)}")
 
 
