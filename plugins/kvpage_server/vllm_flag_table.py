@@ -65,6 +65,8 @@ IMPLEMENTED: tuple[FlagGroup, ...] = (
     FlagGroup(reason="a value that the engine does not have yet is refused by name",
               values="--dtype --quantization --kv-cache-dtype --attention-backend --tensor-parallel-size "
               "--model-impl"),
+    FlagGroup(reason='options of the schemes that quantize while loading, such as {"quantize_head": false}; a key that '
+              "the scheme does not have, such as vLLM's, is refused by name", values="--quantization-config"),
     FlagGroup(reason="the attention backend's choice unless given; vLLM takes 16", values="--block-size"),
     FlagGroup(reason="applies to GPUs; on a CPU memory is set by --kv-cache-memory-bytes",
               values="--gpu-memory-utilization"),
@@ -222,7 +224,7 @@ REFUSED: tuple[FlagGroup, ...] = (
                    "--task": ("auto", "generate")}),
     FlagGroup(reason="the model's config.json is read as it is; change it there",
               values="--hf-config-path --hf-overrides --config-format --model-class-overrides "
-              "--quantization-config --rope-scaling --rope-theta",
+              "--rope-scaling --rope-theta",
               off={"--hf-overrides": ("{}",), "--config-format": ("auto", "hf"), "--model-class-overrides": ("{}",)}),
     FlagGroup(reason="the model's window is part of the model; --max-model-len at its width has the same effect",
               switches="--disable-sliding-window"),

@@ -1,4 +1,4 @@
-"""quantization="int8": the tokens of the numbers that the codes stand for, in less memory; and what is refused."""
+"""quantization="int8" and others: the tokens of the numbers that the codes stand for, in less memory; and what is refused."""
 
 from __future__ import annotations
 
@@ -12,7 +12,15 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from kvpage import CheckpointError, ConfigError, Engine, PluginRegistry, SamplingParams, hookimpl
-from kvpage.api.quant import ChannelInt8, CheckpointView, LinearSpec, QuantScheme, TensorSpec, WeightForm
+from kvpage.api.quant import (
+    ChannelInt8,
+    CheckpointView,
+    GroupedInt,
+    LinearSpec,
+    QuantScheme,
+    TensorSpec,
+    WeightForm,
+)
 from kvpage.api.records import QuantizationSchemeRecord
 from kvpage.config import EngineOptions
 from kvpage.inspect.checkpoint import planned_model
@@ -22,7 +30,7 @@ from kvpage.loading.readers import open_checkpoint
 from kvpage.loading.weights import load_weights
 from kvpage.models.families import llama
 from kvpage.models.hf_config import HFConfig
-from kvpage_int8.schemes import Int8
+from kvpage_int8.schemes import Int4, Int4WeightOnly, Int8, Int8WeightOnly
 from tiny_checkpoint import write_checkpoint
 
 PROMPTS = [[1, 5, 9, 20], [1, 30, 31, 32, 33, 34, 35], [1, 7]]
@@ -93,8 +101,51 @@ def test_tokens_are_those_of_the_dequantized_weights(
     copy.mkdir()
     (copy / "config.json").write_text((folder / "config.json").read_text())
     save_file(tensors, copy / "model.safetensors")
-    assert tokens(folder, quantization="int8") == tokens(copy)
+    assert tokens(folder, quantization="int8-weight-only") == tokens(copy)
     assert tokens(folder) != tokens(copy) or architecture == "GPT2LMHeadModel"
+
+
+@pytest.mark.parametrize("whole", [True, False], ids=["all", "without head"])
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("name", ["int8-weight-only", "int4-weight-only"])
+def test_head_and_embedding_are_those_of_the_dequantized_form(
+    tmp_path: Path, name: str, tied: bool, whole: bool
+) -> None:
+    _, folder = make(tmp_path / "plain", "LlamaForCausalLM", hidden_size=64, tie_word_embeddings=tied)
+    tensors = load_file(folder / "model.safetensors")
+    scheme = {"int8-weight-only": Int8WeightOnly, "int4-weight-only": Int4WeightOnly}[name]()
+    for module, tensor in tensors.items():
+        if tensor.dim() == 2 and (whole or "layers" in module):
+            outputs, inputs = tensor.shape
+            spec = LinearSpec(name=module, parameters=(), in_features=inputs, out_features=outputs)
+            tensors[module] = scheme.to_form(spec, {"weight": tensor}).dequantize()
+    copy = tmp_path / "rounded"
+    copy.mkdir()
+    (copy / "config.json").write_text((folder / "config.json").read_text())
+    save_file(tensors, copy / "model.safetensors")
+    options = {} if whole else {"quantization_config": {"quantize_head": False}}
+    assert tokens(folder, quantization=name, **options) == tokens(copy)
+
+
+def test_a_tied_head_is_computed_from_the_embeddings_own_form(tmp_path: Path) -> None:
+    _, folder = make(tmp_path / "m", "LlamaForCausalLM", hidden_size=64, tie_word_embeddings=True)
+    definition = llama.translate(HFConfig.from_folder(folder), max_model_len=None)
+    loaded = load_weights(
+        definition, open_checkpoint(folder), dtype=torch.float32, device="cpu", arena=Arena(), scheme=Int4()
+    )
+    assert isinstance(loaded.weights["embed.weight"], GroupedInt)
+    assert "head.weight" not in loaded.weights
+
+
+def test_options_that_the_scheme_does_not_take_are_refused(tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path / "m", hidden_size=64, tokenizer=False)
+    unknown = refused(folder, quantization="int8", quantization_config={"head": False})
+    assert unknown == "ConfigError: quantization_config has 'head', unknown to 'int8'; it takes quantize_head"
+    assert "quantize_head must be true or false, got 'no'" in refused(
+        folder, quantization="int4", quantization_config={"quantize_head": "no"}
+    )
+    assert "quantization names none" in refused(folder, quantization_config={"quantize_head": False})
+    assert "must be a mapping" in refused(folder, quantization="int8", quantization_config=["quantize_head"])
 
 
 def test_a_living_model_is_quantized_into_a_copy(tmp_path: Path) -> None:
@@ -105,20 +156,27 @@ def test_a_living_model_is_quantized_into_a_copy(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_the_plan_and_the_engine_agree_on_what_int8_saves(tmp_path: Path, dtype: str) -> None:
-    folder = write_checkpoint(
-        tmp_path / "m", hidden_size=64, intermediate_size=192, num_hidden_layers=4, tokenizer=False
-    )
-    sizes = {}
-    for quantization in (None, "int8"):
-        options = EngineOptions(model=folder, dtype=dtype, quantization=quantization)
-        planned = plan_memory(
-            planned_model(options, PluginRegistry()), options, Devices(kind="cpu", memory=2**33)
-        )
-        assert planned.cannot_run_yet == ()
-        sizes[quantization] = weight_bytes(folder, dtype, None if quantization is None else Int8())
-        assert planned.weights.total_bytes == pytest.approx(sizes[quantization], rel=0.02)
-    assert sizes["int8"] < sizes[None] * (0.45 if dtype == "float32" else 0.75)
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_the_plan_and_the_engine_agree_on_what_a_scheme_saves(tmp_path: Path, dtype: str, tied: bool) -> None:
+    sizes = {"hidden_size": 64, "intermediate_size": 200, "vocab_size": 500}
+    _, folder = make(tmp_path / "m", "LlamaForCausalLM", tie_word_embeddings=tied, **sizes)
+    found = {}
+    for name, scheme in {None: None, "int8": Int8, "int4": Int4, "int4-weight-only": Int4WeightOnly}.items():
+        for head in (True, False):
+            config = None if head else {"quantize_head": False}
+            if name is None and config is not None:
+                continue
+            options = EngineOptions(model=folder, dtype=dtype, quantization=name, quantization_config=config)
+            planned = plan_memory(
+                planned_model(options, PluginRegistry()), options, Devices(kind="cpu", memory=2**33)
+            )
+            assert planned.cannot_run_yet == ()
+            found[name, head] = weight_bytes(
+                folder, dtype, None if scheme is None else scheme(quantize_head=head)
+            )
+            assert planned.weights.total_bytes == pytest.approx(found[name, head], rel=0.002)
+    assert found["int4", True] < found["int8", True] < found["int8", False] < found[None, True]
+    assert found["int4", True] < found["int4", False]
 
 
 def refused(model: Any, **options: Any) -> str:
@@ -144,6 +202,17 @@ def test_what_cannot_be_quantized_so_is_refused_with_a_way_out(tmp_path: Path) -
     assert nobody.startswith("CheckpointError:")
     assert "quantized (awq)" in nobody
     assert "quantized (awq)" in refused(packed, quantization="int8")
+
+
+def test_options_are_not_for_a_checkpoint_that_states_its_own(tmp_path: Path) -> None:
+    packed = quantized(
+        write_checkpoint(tmp_path / "packed", tokenizer=False), quant_method="half_int8", bits=8
+    )
+    registry = PluginRegistry(plugins=[HalvesPlugin()], entry_points=False)
+    said = refused(
+        packed, plugins=registry, quantization="halves", quantization_config={"quantize_head": False}
+    )
+    assert "states its own" in said
 
 
 class Halves(QuantScheme):
