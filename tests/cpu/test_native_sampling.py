@@ -153,6 +153,14 @@ def test_inverse_cdf_runs_in_order_of_token_id(kernel: CpuSampling) -> None:
     assert kernel.draw(logits.repeat(6, 1), shaping(6), uniforms).tolist() == [0, 0, 2, 2, 3, 3]
 
 
+def test_a_uniform_number_at_an_edge_is_the_next_token_s(kernel: CpuSampling) -> None:
+    """Weights of equal logits, and all their sums, are exact."""
+    for vocab_size in (4, 512, 4096):
+        uniforms = (np.arange(8) / 8).astype(np.float32)
+        expected = [index * vocab_size // 8 for index in range(8)]
+        assert kernel.draw(torch.ones(8, vocab_size), shaping(8), uniforms).tolist() == expected
+
+
 @pytest.mark.parametrize("first", [0, 1, 15, 16, 1023, 1024, 2998])
 def test_the_likeliest_token_is_the_lowest_of_equal_ones(kernel: CpuSampling, first: int) -> None:
     logits = random_logits(4, 3000, seed=1)
