@@ -47,7 +47,7 @@ def bars(found: Sequence[Record], model: str, machine: str) -> str:
 def _panel(panel: Mapping[str, Record], engines: Sequence[str], title: str) -> str:
     limit = next(iter(panel.values()))["bound"]
     widest = max(limit, *(cell["most"] for cell in panel.values()))
-    scale = (PANEL - 76) / widest  # leaves room for the figure beside the bar
+    scale = (PANEL - 76) / widest  # leaves room for the figures
     parts = [f'<text y="12" font-weight="600">{escape(title)}</text>']
     for place, engine in enumerate(engines):
         top = 22 + place * STEP
@@ -60,7 +60,7 @@ def _panel(panel: Mapping[str, Record], engines: Sequence[str], title: str) -> s
         parts += [
             f'<rect x="{LABEL}" y="{top}" width="{end - LABEL:.1f}" height="{BAR}" fill="{COLOURS[engine]}"/>',
             f'<path d="M{least:.1f} {middle}H{most:.1f}" stroke="{INK}"/>',
-            f'<text x="{max(end, most) + 5:.1f}" y="{top + 11}">{figure(cell["median"])}</text>',
+            f'<text x="{PANEL + LABEL - 22}" y="{top + 11}" text-anchor="end">{figure(cell["median"])}</text>',
         ]
     at, bottom = LABEL + scale * limit, 22 + STEP * len(engines)
     parts.append(
@@ -74,7 +74,10 @@ def scaling_lines(document: Mapping[str, Any], model: str, dtype: str, machine: 
     """Decode speed over the batch (by threads) and over the context (by threads and batch), each with its bound."""
     points = [p for p in document["scaling"] if (p["model"], p["dtype"]) == (model, dtype)]
     shape = Shape(**document["models"][model])
-    threads = sorted({point["threads"] for point in points})
+    threads = {
+        count: "1 thread" if count == 1 else f"{count} threads"
+        for count in sorted({p["threads"] for p in points})
+    }
     least = min(point["context"] for point in points)
 
     def line(label: str, over: str, chosen: Sequence[Record]) -> tuple[str, list[tuple[float, float, float]]]:
@@ -82,16 +85,14 @@ def scaling_lines(document: Mapping[str, Any], model: str, dtype: str, machine: 
         return label, [(p[over], p["batch"] / p["step_seconds"], _limit(shape, p)) for p in ordered]
 
     by_batch = [
-        line(
-            f"{count} threads", "batch", [p for p in points if (p["threads"], p["context"]) == (count, least)]
-        )
-        for count in threads
+        line(label, "batch", [p for p in points if (p["threads"], p["context"]) == (count, least)])
+        for count, label in threads.items()
     ]
     batches = sorted({point["batch"] for point in points if point["context"] > least})
     by_context = [
-        line(f"{count} threads, batch {batch}", "context",
+        line(f"{label}, batch {batch}", "context",
              [p for p in points if (p["threads"], p["batch"]) == (count, batch)])
-        for count in threads for batch in batches
+        for count, label in threads.items() for batch in batches
     ]  # fmt: skip
     plots = [(f"batch, at a context of {least} tokens", by_batch), ("context, tokens", by_context)]
     parts = [
@@ -101,7 +102,7 @@ def scaling_lines(document: Mapping[str, Any], model: str, dtype: str, machine: 
     ]
     heading = f"kvpage, decode, model {model} {BITS[dtype]}, {machine}"
     legend = "new tokens a second, both scales logarithmic; dashed: what the machine allows"
-    return _page(2 * (PLOT_WIDTH + MARGIN) + 40, PLOT_HEIGHT + 190, heading, legend, parts)
+    return _page(2 * (PLOT_WIDTH + MARGIN) + 48, PLOT_HEIGHT + 190, heading, legend, parts)
 
 
 def _limit(shape: Shape, point: Record) -> float:
@@ -112,20 +113,23 @@ def _limit(shape: Shape, point: Record) -> float:
 def _plot(title: str, lines: Sequence[tuple[str, list[tuple[float, float, float]]]]) -> str:
     every = [point for _, points in lines for point in points]
     left, right = (edge(math.log2(x) for x, _, _ in every) for edge in (min, max))
-    low = math.floor(math.log10(min(min(y, limit) for _, y, limit in every)))
-    high = math.ceil(math.log10(max(max(y, limit) for _, y, limit in every)))
+    values = [value for _, y, limit in every for value in (y, limit)]
+    ticks = [digit * 10**power for power in range(-3, 9) for digit in (1, 2, 5)]
+    least = max(tick for tick in ticks if tick <= min(values))
+    most = min(tick for tick in ticks if tick >= max(values))
+    height = PLOT_HEIGHT / math.log10(most / least)
 
     def place(x: float, y: float) -> str:
         across = (math.log2(x) - left) / max(right - left, 1) * PLOT_WIDTH
-        return f"{across:.1f} {PLOT_HEIGHT * (high - math.log10(y)) / (high - low):.1f}"
+        return f"{across:.1f} {height * math.log10(most / y):.1f}"
 
     parts = []
-    for power in range(low, high + 1):
-        level = PLOT_HEIGHT * (high - power) / (high - low)
+    for tick in (tick for tick in ticks if least <= tick <= most):
+        level = height * math.log10(most / tick)
         parts.append(f'<path d="M0 {level:.1f}H{PLOT_WIDTH}" stroke="{GRID}"/>')
-        parts.append(f'<text x="-6" y="{level + 4:.1f}" text-anchor="end">{10**power:,}</text>')
+        parts.append(f'<text x="-6" y="{level + 4:.1f}" text-anchor="end">{tick:,g}</text>')
     for x in sorted({point[0] for point in every}):
-        across = place(x, 10.0**low).split()[0]
+        across = place(x, least).split()[0]
         parts.append(f'<text x="{across}" y="{PLOT_HEIGHT + 16}" text-anchor="middle">{x:g}</text>')
     for number, (label, points) in enumerate(lines):
         colour = LINES[number % len(LINES)]
