@@ -80,7 +80,8 @@ def _best_scales(groups: torch.Tensor, steps: torch.Tensor, products: torch.Tens
     # The extreme value goes to -8, which has no counterpart: the scale's sign is opposite to its own.
     extreme = torch.where(-low > high, low, high)
     extreme.masked_fill_(extreme.abs() < TINY, torch.inf)
-    best = most = None
+    best: torch.Tensor | None = None
+    most: torch.Tensor | None = None
     for divisor in DIVISORS:
         torch.mul(groups, -divisor / extreme, out=steps).round_().clamp_(INT4_MIN, INT4_MAX)
         product = torch.mul(groups, steps, out=products).sum(1)

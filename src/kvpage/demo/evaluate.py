@@ -44,8 +44,8 @@ def _prompt_ids(tokenizer: Tokenizer, question: str) -> list[int]:
     return list(tokenizer.encode(text, add_special_tokens=False).ids)
 
 
-def engine_generate(folder: Path, dtype: str) -> Generate:
-    """Return a function that answers through :class:`kvpage.Engine`."""
+def engine_generate(folder: Path, dtype: str, **options: Any) -> Generate:
+    """Return a function that answers through :class:`kvpage.Engine`, made with ``options``."""
     from kvpage import Engine, SamplingParams
 
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
@@ -53,7 +53,7 @@ def engine_generate(folder: Path, dtype: str) -> Generate:
 
     def generate(questions: Sequence[str]) -> list[Reply]:
         prompts = [{"prompt_token_ids": _prompt_ids(tokenizer, question)} for question in questions]
-        with Engine(str(folder), dtype=dtype) as engine:
+        with Engine(str(folder), dtype=dtype, **options) as engine:
             choices = [output.outputs[0] for output in engine.generate(prompts, params)]
         return [Reply(choice.text, choice.finish_reason == "stop") for choice in choices]
 
