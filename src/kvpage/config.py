@@ -18,6 +18,8 @@ DTYPES: Mapping[str, str] = {
     "float32": "float32", "float": "float32", "bfloat16": "bfloat16", "float16": "float16", "half": "float16",
 }  # fmt: skip
 ELEMENT_SIZES: Mapping[str, int] = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1, "fp8_e4m3": 1}
+SCALE_SIZES: Mapping[str, int] = {"int8": 4}
+"""Bytes that a KV dtype takes beside its elements, for each K or V vector of a token and KV head."""
 ALIASES: Mapping[str, str] = {
     "kv_cache_memory_bytes": "kv_cache_memory",
     "num_gpu_blocks_override": "num_kv_blocks",
@@ -207,10 +209,24 @@ class EngineOptions:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GroupFacts:
-    """One KV group, as far as memory goes: elements of K and V that one token takes in all its layers."""
+    """One KV group, as far as memory goes: elements and vectors (two a layer and KV head) of K and V that one token
+    takes in all its layers; ``bytes_per_block`` as a backend lays blocks out, ``None`` where none was asked yet."""
 
     elements_per_token: int
+    vectors_per_token: int = 0
     window: int | None = None
+    bytes_per_block: int | None = None
+
+    def bytes_per_token(self, kv_dtype: str) -> int:
+        """What K and V of one token need, scales included."""
+        scale = SCALE_SIZES.get(kv_dtype, 0)
+        return self.elements_per_token * ELEMENT_SIZES[kv_dtype] + self.vectors_per_token * scale
+
+    def block_bytes(self, block_size: int, kv_dtype: str) -> int:
+        """What a block of ``block_size`` tokens takes: as the backend lays it out, where that is known."""
+        if self.bytes_per_block is not None:
+            return self.bytes_per_block
+        return block_size * self.bytes_per_token(kv_dtype)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -309,7 +325,7 @@ def resolve(
     if on_cpu and options.gpu_memory_utilization is not None:
         notes.append("gpu_memory_utilization is not applicable on a CPU: use kv_cache_memory")
 
-    sizes = [block_size * g.elements_per_token * ELEMENT_SIZES[kv_dtype] for g in model.groups]
+    sizes = [g.block_bytes(block_size, kv_dtype) for g in model.groups]
 
     def shape(length: int) -> tuple[int, ...]:
         """Blocks that one sequence of ``length`` tokens holds, a group."""

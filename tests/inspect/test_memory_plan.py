@@ -152,6 +152,11 @@ def test_kv_heads_are_repeated_where_devices_outnumber_them() -> None:
     assert sixteen.weights.device_bytes > eight.weights.device_bytes / 2
 
 
+def test_an_int8_cache_has_a_scale_for_each_vector() -> None:
+    elements, vectors = 80 * 8 * (128 + 128), 80 * 8 * 2
+    assert plan(LLAMA_70B, 80, 2, kv_cache_dtype="int8").total_kv_bytes_per_token == elements + 4 * vectors
+
+
 def test_heads_that_cannot_be_split_are_refused_with_the_counts_that_work() -> None:
     with pytest.raises(
         ConfigError, match=r"64 attention heads do not divide by 3.*possible are 1, 2, 4, 8, 16"

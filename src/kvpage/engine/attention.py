@@ -3,6 +3,7 @@ made with it."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import torch
@@ -44,9 +45,32 @@ def attention_need(options: EngineOptions, spec: PagedModelSpec, device: str, dt
 def group_facts(spec: PagedModelSpec) -> list[GroupFacts]:
     """The spec's KV groups, as far as memory goes."""
     return [
-        GroupFacts(elements_per_token=group.bytes_per_token(1), window=group.window)
+        GroupFacts(
+            elements_per_token=group.bytes_per_token(1),
+            vectors_per_token=2 * len(group.layers) * group.num_kv_heads,
+            window=group.window,
+        )
         for group in spec.kv_groups
     ]
+
+
+def laid_out_facts(
+    options: EngineOptions, spec: PagedModelSpec, device: str, dtype: str, choice: BackendChoice
+) -> list[GroupFacts]:
+    """``group_facts``, with blocks of the size that the chosen backend's layout gives them.
+
+    Raises:
+        PluginError: the backend cannot be made.
+    """
+    config = _over_few_blocks(options, spec, device, dtype, choice.block_size)
+    facts = []
+    for index, group in enumerate(group_facts(spec)):
+        env = attention_env(spec, config, index)
+        layout = make_backend(choice.record.name, choice.backend, env)[1]
+        element: torch.dtype = getattr(torch, layout.dtype)
+        size = math.prod(layout.shape[1:]) * element.itemsize * len(spec.kv_groups[index].layers)
+        facts.append(replace(group, bytes_per_block=size))
+    return facts
 
 
 def machine_facts(device: str) -> MachineFacts:
@@ -59,16 +83,23 @@ def attention_trial(options: EngineOptions, spec: PagedModelSpec, device: str, d
 
     So a backend that cannot be made gives way to the next one before a weight is read.
     """
-    facts = ModelFacts(context=spec.max_position, dtype=dtype, groups=group_facts(spec))
-    machine = MachineFacts(device=device, available=0, total=0)
 
     def attempt(record: AttentionBackendRecord, kind: type[AttentionBackend], block_size: int) -> None:
-        few = replace(options, num_kv_blocks=1, kv_cache_memory=None)
-        config = resolve(few, facts, machine, block_size)
+        config = _over_few_blocks(options, spec, device, dtype, block_size)
         for index in range(len(spec.kv_groups)):
             make_backend(record.name, kind, attention_env(spec, config, index))
 
     return attempt
+
+
+def _over_few_blocks(
+    options: EngineOptions, spec: PagedModelSpec, device: str, dtype: str, block_size: int
+) -> Resolved:
+    """What an engine would run with, but for the size of its pool."""
+    facts = ModelFacts(context=spec.max_position, dtype=dtype, groups=group_facts(spec))
+    machine = MachineFacts(device=device, available=0, total=0)
+    few = replace(options, num_kv_blocks=1, kv_cache_memory=None)
+    return resolve(few, facts, machine, block_size)
 
 
 def attention_env(spec: PagedModelSpec, config: Resolved, index: int) -> AttentionEnv:

@@ -18,7 +18,7 @@ from kvpage.config import (
     resolve,
     resolve_dtype,
 )
-from kvpage.engine.attention import group_facts, machine_facts, make_kv_store, rope_switch
+from kvpage.engine.attention import laid_out_facts, machine_facts, make_kv_store, rope_switch
 from kvpage.engine.backends import (
     choose_backends,
     find_device,
@@ -84,7 +84,8 @@ def build_engine(options: EngineOptions, plugins: PluginRegistry | None) -> Engi
     arena = Arena()
     try:
         made = make_model(options, source, definition, scheme, backends, arena)
-        facts = ModelFacts(context=context, dtype=dtype, groups=group_facts(spec))
+        groups = laid_out_facts(options, spec, device, dtype, backends.attention)
+        facts = ModelFacts(context=context, dtype=dtype, groups=groups)
         config = resolve(options, facts, machine_facts(device), backends.attention.block_size)
         config = with_backends(config, backends, made.decoder, made.reason, path)
         for note in config.notes:

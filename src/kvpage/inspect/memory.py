@@ -218,8 +218,8 @@ def measure(model: PlannedModel, options: EngineOptions, devices: Devices) -> Me
     runtime = runtime_bytes(devices)
     taken = weights.device_bytes + activations + runtime
     machine = MachineFacts(device=devices.kind, available=devices.memory - taken, total=devices.memory)
-    element = ELEMENT_SIZES[chosen.kv_dtype]
-    kv_token = element * sum(group.elements_per_token for group in facts.groups)
+    kv_token = sum(group.bytes_per_token(chosen.kv_dtype) for group in facts.groups)
+    total_kv_token = sum(group.bytes_per_token(chosen.kv_dtype) for group in _model_facts(model, 1).groups)
     block_bytes = chosen.block_size * kv_token
     longest = _sequence_bytes(facts, chosen)
     left = chosen.kv_bytes
@@ -236,7 +236,7 @@ def measure(model: PlannedModel, options: EngineOptions, devices: Devices) -> Me
         quantization=None if quantization is None else quantization.method,
         resolved=chosen, weights=weights, activations=activations, runtime=runtime, usable=usable,
         usable_reason=usable_reason, kv_memory=left, kv_bytes_per_token=kv_token,
-        total_kv_bytes_per_token=element * sum(g.elements_per_token for g in _model_facts(model, 1).groups),
+        total_kv_bytes_per_token=total_kv_token,
         block_bytes=block_bytes, longest_sequence_bytes=longest + block_bytes,
         tokens=0 if missing else min(chosen.num_blocks) * chosen.block_size,
         sequences={length: 0 if missing else _sequences(facts.groups, chosen, length) for length in lengths},
@@ -256,7 +256,8 @@ def _model_facts(model: PlannedModel, ranks: int) -> ModelFacts:
     for group in model.spec.kv_groups:
         heads = kv_heads_per_device(group.num_kv_heads, ranks)
         elements = replace(group, num_kv_heads=heads).bytes_per_token(1)
-        groups.append(GroupFacts(elements_per_token=elements, window=group.window))
+        vectors = 2 * len(group.layers) * heads
+        groups.append(GroupFacts(elements_per_token=elements, vectors_per_token=vectors, window=group.window))
     return ModelFacts(context=model.spec.max_position, dtype=model.dtype, groups=groups)
 
 
@@ -276,10 +277,9 @@ def _quantization(model: PlannedModel, options: EngineOptions) -> Quantization |
 
 def _sequence_bytes(facts: ModelFacts, chosen: Resolved) -> int:
     """KV of one sequence of ``max_model_len`` on one device."""
-    size = chosen.block_size * ELEMENT_SIZES[chosen.kv_dtype]
     return sum(
         blocks_per_sequence(group, chosen.block_size, chosen.max_model_len, chosen.max_num_batched_tokens)
-        * size * group.elements_per_token
+        * group.block_bytes(chosen.block_size, chosen.kv_dtype)
         for group in facts.groups
     )  # fmt: skip
 
