@@ -62,6 +62,7 @@ class BatchBuilder:
         self._positions = np.zeros(max_num_batched_tokens, np.int64)
         self._slot_mappings = [np.zeros(max_num_batched_tokens, np.int64) for _ in range(num_groups)]
         self._cu_seqlens = np.zeros(max_num_seqs + 1, np.int32)
+        self._cu_short = np.arange(max_num_seqs + 1, dtype=np.int32)  # where each row has one token
         self._seq_lens = np.zeros(max_num_seqs, np.int32)
         self._rope_switch = rope_switch or 0
         self._rope_offsets = np.zeros(max_num_seqs, np.int64)
@@ -104,15 +105,16 @@ class BatchBuilder:
         rows, total = len(slots), plan.num_tokens
         token_ids, positions = self._token_ids[:total], self._positions[:total]
         lengths = np.add(starts, counts, out=self._seq_lens[:rows])
-        longest = int(lengths.max())
+        seq_lens_host = lengths.tolist()
+        longest = max(seq_lens_host)
         if plan.num_short == rows:
-            slot_of_token = slots
+            slot_of_token, cu_seqlens = slots, self._cu_short
             positions[:] = starts
-            self._cu_seqlens[: rows + 1] = np.arange(rows + 1)
         else:
-            np.cumsum(counts, out=self._cu_seqlens[1 : rows + 1])
+            cu_seqlens = self._cu_seqlens
+            np.cumsum(counts, out=cu_seqlens[1 : rows + 1])
             slot_of_token = slots.repeat(counts)
-            first = starts - self._cu_seqlens[:rows]
+            first = starts - cu_seqlens[:rows]
             np.add(np.arange(total), first.repeat(counts), out=positions)
         token_ids[:] = self.tokens[slot_of_token, positions]
         rope_positions = self._rope_positions[:total]
@@ -120,9 +122,8 @@ class BatchBuilder:
             np.add(positions, self._rope_offsets[slot_of_token], out=rope_positions)
         block, offset = np.divmod(positions, self._block_size)
         used = -(-longest // self._block_size)
-        cu_seqlens = torch.from_numpy(self._cu_seqlens[: rows + 1])
+        cu_seqlens_q = torch.from_numpy(cu_seqlens[: rows + 1])
         seq_lens = torch.from_numpy(lengths)
-        seq_lens_host = lengths.tolist()
         batches = []
         for table, mapping in zip(self.tables, self._slot_mappings, strict=True):
             slot_mapping = mapping[:total]
@@ -133,13 +134,13 @@ class BatchBuilder:
                     num_tokens=total,
                     num_rows=rows,
                     num_short=plan.num_short,
-                    cu_seqlens_q=cu_seqlens,
+                    cu_seqlens_q=cu_seqlens_q,
                     seq_lens=seq_lens,
                     block_tables=torch.from_numpy(table[slots, :used]),
                     slot_mapping=torch.from_numpy(slot_mapping),
                     q_lens_host=plan.counts,
                     seq_lens_host=seq_lens_host,
-                    max_query_len=int(counts[-1]) if plan.num_short == rows else int(counts.max()),
+                    max_query_len=1 if plan.num_short == rows else int(counts.max()),
                     max_seq_len=longest,
                 )
             )

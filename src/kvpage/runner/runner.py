@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from kvpage.api.model import CausalLM
@@ -83,8 +84,7 @@ class ModelRunner:
         own = len(plan.sample_rows) - len(plan.forks)
         if own == plan.num_tokens or self._pooler.busy or self._prompt_logprobs:
             return None
-        ends = np.cumsum(np.frombuffer(plan.counts, np.int32), dtype=np.int32) - 1
-        return torch.from_numpy(np.sort(ends[plan.sample_rows[:own]]).astype(np.int32))
+        return torch.from_numpy(np.sort(_last_tokens(plan, own)))
 
     def _admit_to_sampler(self, admission: Admission, params: SamplingParams) -> None:
         try:
@@ -110,11 +110,9 @@ class ModelRunner:
     ) -> StepResult:
         if not plan.sample_rows:
             return StepResult([], prompt_logprobs=prompt_logprobs)
-        ends = np.cumsum(np.frombuffer(plan.counts, np.int32)) - 1
         own = len(plan.sample_rows) - len(plan.forks)
-        positions = ends[plan.sample_rows[:own]]
-        if len(positions) != len(hidden):
-            hidden = hidden[torch.from_numpy(positions)]
+        if own != len(hidden):
+            hidden = hidden[torch.from_numpy(_last_tokens(plan, own))]
         logits = self._model.logits(hidden)
         if plan.forks:
             row_of = {row: i for i, row in enumerate(plan.sample_rows[:own])}
@@ -158,6 +156,12 @@ class ModelRunner:
                 scored[row] = found
             first += count
         return scored
+
+
+def _last_tokens(plan: StepPlan, own: int) -> npt.NDArray[np.int32]:
+    """The last token of each of the first ``own`` rows that sample, in the order of ``sample_rows``."""
+    ends = np.cumsum(np.frombuffer(plan.counts, np.int32), dtype=np.int32) - np.int32(1)
+    return ends[plan.sample_rows[:own]]
 
 
 def describe(error: Exception) -> str:

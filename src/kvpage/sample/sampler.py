@@ -196,7 +196,6 @@ class Sampler:
             self._rules.pop(slot, None)
             self._custom.release(slot)
 
-    @torch.inference_mode()
     def sample(self, logits: torch.Tensor, slots: Int64Array) -> Sampled:
         """Choose one token a row, and advance each row's slot by it.
 
@@ -213,9 +212,10 @@ class Sampler:
             logits = logits.float().contiguous()
             errors = self._change(logits, slots, flags)
         token_ids = self._draw(logits, slots) if needed & _DRAWS else self._kernel.likeliest(logits)
-        for row in np.flatnonzero(token_ids == NO_TOKEN).tolist():
-            errors.setdefault(row, _diagnosis(logits[row]))
         tokens: list[int] = token_ids.tolist()
+        if NO_TOKEN in tokens:
+            for row in np.flatnonzero(token_ids == NO_TOKEN).tolist():
+                errors.setdefault(row, _diagnosis(logits[row]))
         self._positions[slots] += 1
         if needed & _CHANGES:
             self._advance(slots, flags, tokens, errors)
