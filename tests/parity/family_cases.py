@@ -151,7 +151,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma2, windows, soft caps": (
         "Gemma2ForCausalLM",
         {
-            "head_dim": 20,
+            "head_dim": 24,
             "sliding_window": 19,
             "query_pre_attn_scalar": 24,
             "attn_logit_softcapping": 4.0,
