@@ -24,14 +24,14 @@ MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
 UNIT = 2.0**-24  # 24 random bits: every uniform is exact in float32, and below 1
 
-_SCALAR_LIMIT = 12  # below about this many rows the pure-Python version is faster than numpy's call overhead
+_SCALAR_LIMIT = 9  # below about this many rows the pure-Python version is faster than numpy's call overhead
 _MULTIPLIERS = np.array(MULTIPLIERS, dtype=np.uint64)[:, None]
 # What round i adds to the key, before reduction to 32 bits: [ROUNDS, 2, 1].
 _KEY_SCHEDULE = (np.arange(ROUNDS, dtype=np.uint64)[:, None] * np.array(KEY_STEPS, dtype=np.uint64))[
     :, :, None
 ]
-_LOW_WORD = np.uint64(LOW_WORD)
-_WORD = np.uint64(32)
+_LOW_WORD = np.full((1, 1), LOW_WORD, dtype=np.uint64)  # arrays: numpy converts a scalar anew in each call
+_WORD = np.full((1, 1), 32, dtype=np.uint64)
 
 
 def philox4x32_10(counter: Words, key: tuple[int, int]) -> Words:
@@ -70,16 +70,21 @@ def uniforms(seeds: UInt64Array, positions: Int64Array, streams: Int64Array) -> 
     if count <= _SCALAR_LIMIT:
         triples = zip(seeds.tolist(), positions.tolist(), streams.tolist(), strict=True)
         return np.array([uniform(*triple) for triple in triples], dtype=np.float32)
-    where = positions.astype(np.uint64)
-    # even = (c0, c2) and odd = (c1, c3), each [2, N]; 32-bit words in 64-bit lanes.
-    even = np.stack((where & _LOW_WORD, streams.astype(np.uint64)))
-    odd = np.stack((where >> _WORD, np.zeros(count, dtype=np.uint64)))
-    keys = (np.stack((seeds & _LOW_WORD, seeds >> _WORD)) + _KEY_SCHEDULE) & _LOW_WORD
-    for key in keys:
-        product = even * _MULTIPLIERS
-        even = (product >> _WORD)[::-1]
-        even ^= odd
-        even ^= key
-        odd = (product & _LOW_WORD)[::-1]
+    # even = (c0, c2) and odd = (c1, c3), each [2, N]; 32-bit words in 64-bit lanes. Everything is done in place: for
+    # few rows, numpy's calls and their temporaries are what takes time.
+    even, odd, keys, product = np.empty((4, 2, count), dtype=np.uint64)
+    swapped = product[::-1]
+    np.bitwise_and(positions.view(np.uint64), _LOW_WORD[0], out=even[0])
+    even[1] = streams
+    np.right_shift(positions.view(np.uint64), _WORD[0], out=odd[0])
+    odd[1] = 0
+    np.bitwise_and(seeds, _LOW_WORD[0], out=keys[0])
+    np.right_shift(seeds, _WORD[0], out=keys[1])
+    for key in (keys + _KEY_SCHEDULE) & _LOW_WORD:
+        np.multiply(even, _MULTIPLIERS, out=product)
+        np.right_shift(swapped, _WORD, out=even)
+        np.bitwise_xor(even, odd, out=even)
+        np.bitwise_xor(even, key, out=even)
+        np.bitwise_and(swapped, _LOW_WORD, out=odd)
     noise: Float32Array = (even[0] >> np.uint64(8)).astype(np.float32) * np.float32(UNIT)
     return noise
