@@ -23,52 +23,62 @@ TINY = 2.0**-100
 """Groups without a larger value count as zero: below, products of two values underflow."""
 
 
-def round_channels(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """weight [out, in] -> int8 codes [out, in] and float32 scales [out]: the largest magnitude of an output is 127.
+class Rounder:
+    """Rounds plain weights; keeps its buffers between calls, since fresh memory costs as much as the arithmetic.
 
-    Weights that are not finite give scales that are not.
+    One caller at a time.
     """
-    codes = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
-    scales = torch.empty(weight.shape[:1], dtype=torch.float32, device=weight.device)
-    for rows, values, scratch in _slices(weight):
-        scale = torch.abs(values, out=scratch).amax(1, keepdim=True).div_(INT8_MAX)
-        scales[rows] = scale.squeeze(1)
-        values.div_(torch.where(scale > 0, scale, 1.0)).round_().clamp_(-INT8_MAX, INT8_MAX)
-        codes[rows] = values
-    return codes, scales
 
+    __slots__ = ("_buffers",)
 
-def round_groups(weight: torch.Tensor, group: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """weight [out, in] -> 4-bit codes uint8 [out, in / 2] and bfloat16 scales [out, in / group], zero point 8.
+    def __init__(self) -> None:
+        self._buffers = torch.empty(3, 0)
 
-    Each group has the scale of least squared error among a few candidates. ``group`` is even and divides the inputs.
-    Weights that are not finite give scales that are not.
-    """
-    outputs, inputs = weight.shape
-    codes = torch.empty((outputs, inputs // 2), dtype=torch.uint8, device=weight.device)
-    scales = torch.empty((outputs, inputs // group), dtype=torch.bfloat16, device=weight.device)
-    products = torch.empty(0, group, dtype=torch.float32, device=weight.device)
-    for rows, values, scratch in _slices(weight):
-        groups, steps = values.view(-1, group), scratch.view(-1, group)
-        products.resize_(groups.shape)
-        scale = _best_scales(groups, steps, products).to(torch.bfloat16)
-        scales[rows] = scale.view(-1, inputs // group)
-        divisor = torch.where(scale != 0, scale, 1.0).float().unsqueeze(1)
-        torch.div(groups, divisor, out=steps).round_().clamp_(INT4_MIN, INT4_MAX).add_(INT4_ZERO)
-        codes[rows] = _packed(steps).view(-1, inputs // 2)
-    return codes, scales
+    def channels(self, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """weight [out, in] -> int8 codes [out, in] and float32 scales [out]: an output's largest magnitude is 127.
 
+        Weights that are not finite give scales that are not.
+        """
+        codes = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
+        scales = torch.empty(weight.shape[:1], dtype=torch.float32, device=weight.device)
+        for rows, values, scratch, _ in self._slices(weight):
+            scale = torch.abs(values, out=scratch).amax(1, keepdim=True).div_(INT8_MAX)
+            scales[rows] = scale.squeeze(1)
+            values.div_(torch.where(scale > 0, scale, 1.0)).round_().clamp_(-INT8_MAX, INT8_MAX)
+            codes[rows] = values
+        return codes, scales
 
-def _slices(weight: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
-    """(outputs, their weights as float32, as much scratch), all of ``weight`` in order."""
-    outputs, inputs = weight.shape
-    step = max(1, min(outputs, ELEMENTS_AT_ONCE // max(1, inputs)))
-    values = torch.empty((step, inputs), dtype=torch.float32, device=weight.device)
-    scratch = torch.empty_like(values)
-    for start in range(0, outputs, step):
-        count = min(step, outputs - start)
-        rows = slice(start, start + count)
-        yield rows, values[:count].copy_(weight[rows]), scratch[:count]
+    def groups(self, weight: torch.Tensor, group: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """weight [out, in] -> 4-bit codes uint8 [out, in / 2] and bfloat16 scales [out, in / group], zero point 8.
+
+        Each group has the scale of least squared error among a few candidates. ``group`` is even and divides the
+        inputs. Weights that are not finite give scales that are not.
+        """
+        outputs, inputs = weight.shape
+        codes = torch.empty((outputs, inputs // 2), dtype=torch.uint8, device=weight.device)
+        scales = torch.empty((outputs, inputs // group), dtype=torch.bfloat16, device=weight.device)
+        for rows, *buffers in self._slices(weight):
+            values, steps, products = (buffer.view(-1, group) for buffer in buffers)
+            scale = _best_scales(values, steps, products).to(torch.bfloat16)
+            scales[rows] = scale.view(-1, inputs // group)
+            divisor = torch.where(scale != 0, scale, 1.0).float().unsqueeze(1)
+            torch.div(values, divisor, out=steps).round_().clamp_(INT4_MIN, INT4_MAX).add_(INT4_ZERO)
+            codes[rows] = _packed(steps).view(-1, inputs // 2)
+        return codes, scales
+
+    def _slices(
+        self, weight: torch.Tensor
+    ) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor, torch.Tensor]]:
+        """(outputs, their weights as float32, scratch of that shape, more of it), all of ``weight`` in order."""
+        outputs, inputs = weight.shape
+        step = max(1, min(outputs, ELEMENTS_AT_ONCE // max(1, inputs)))
+        if self._buffers.shape[1] < step * inputs or self._buffers.device != weight.device:
+            self._buffers = torch.empty((3, step * inputs), dtype=torch.float32, device=weight.device)
+        for start in range(0, outputs, step):
+            count = min(step, outputs - start)
+            rows = slice(start, start + count)
+            values, scratch, more = self._buffers[:, : count * inputs].view(3, count, inputs)
+            yield rows, values.copy_(weight[rows]), scratch, more
 
 
 def _best_scales(groups: torch.Tensor, steps: torch.Tensor, products: torch.Tensor) -> torch.Tensor:

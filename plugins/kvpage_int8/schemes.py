@@ -19,7 +19,7 @@ from kvpage.api.quant import (
     WeightForm,
 )
 from kvpage_int8.plugin import GROUPS, OPTIONS
-from kvpage_int8.rounding import round_channels, round_groups
+from kvpage_int8.rounding import Rounder
 
 
 class OnTheFly(QuantScheme):
@@ -37,6 +37,7 @@ class OnTheFly(QuantScheme):
     def __init__(self, *, quantize_head: bool = True) -> None:
         """``quantize_head``: the output head and the token embedding too, which are one matrix in many models."""
         self._quantize_head = quantize_head
+        self._rounder = Rounder()
 
     @classmethod
     def from_checkpoint(cls, config: Mapping[str, Any], view: CheckpointView) -> OnTheFly:
@@ -66,7 +67,7 @@ class OnTheFly(QuantScheme):
         """weight [out, in] of any floating dtype."""
 
     def _round_to_int8(self, weight: torch.Tensor) -> ChannelInt8:
-        codes, scales = round_channels(weight)
+        codes, scales = self._rounder.channels(weight)
         return ChannelInt8(codes=codes, scales=scales, activation="per-token" if self.dynamic else "none")
 
     def _stays_plain(self, name: str) -> bool:
@@ -99,7 +100,7 @@ class Int4(OnTheFly):
         group = next((size for size in GROUPS if weight.shape[1] % size == 0), None)
         if group is None:
             return self._round_to_int8(weight)
-        codes, scales = round_groups(weight, group)
+        codes, scales = self._rounder.groups(weight, group)
         return GroupedInt(
             codes=codes, scales=scales, group=group, activation="per-group" if self.dynamic else "none"
         )

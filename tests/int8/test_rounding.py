@@ -8,11 +8,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvpage.api.quant import GroupedInt
-from kvpage_int8.rounding import round_channels, round_groups
+from kvpage_int8.rounding import Rounder
 
 
 def grouped(weight: torch.Tensor, group: int) -> GroupedInt:
-    codes, scales = round_groups(weight, group)
+    codes, scales = Rounder().groups(weight, group)
     return GroupedInt(codes=codes, scales=scales, group=group)
 
 
@@ -23,7 +23,7 @@ def squared_error(values: torch.Tensor, weight: torch.Tensor) -> float:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 def test_int8_is_the_nearest_of_127_steps_each_way(dtype: torch.dtype) -> None:
     weight = torch.randn(40, 33, generator=torch.Generator().manual_seed(0)).to(dtype)
-    codes, scales = round_channels(weight)
+    codes, scales = Rounder().channels(weight)
     exact = weight.float()
     assert torch.equal(scales, exact.abs().amax(1) / 127)
     assert torch.equal(codes, (exact / scales.unsqueeze(1)).round().to(torch.int8))
@@ -63,8 +63,8 @@ def test_an_outputs_codes_do_not_depend_on_the_outputs_beside_it() -> None:
     whole, part = grouped(weight, 64), grouped(weight[1500:1507], 64)
     assert torch.equal(whole.codes[1500:1507], part.codes)
     assert torch.equal(whole.scales[1500:1507], part.scales)
-    codes, scales = round_channels(weight)
-    few, few_scales = round_channels(weight[1500:1507])
+    codes, scales = Rounder().channels(weight)
+    few, few_scales = Rounder().channels(weight[1500:1507])
     assert torch.equal(codes[1500:1507], few)
     assert torch.equal(scales[1500:1507], few_scales)
 
@@ -74,7 +74,7 @@ def test_the_ends_of_the_number_range(largest: float) -> None:
     weight = torch.rand(4, 64, generator=torch.Generator().manual_seed(0)).sub(0.5).mul(2) * largest
     allowed = max(largest / 7, 1e-30)
     assert float((grouped(weight, 32).dequantize() - weight).abs().amax()) <= allowed
-    codes, scales = round_channels(weight)
+    codes, scales = Rounder().channels(weight)
     assert float((codes * scales.unsqueeze(1) - weight).abs().amax()) <= allowed
 
 
@@ -82,6 +82,6 @@ def test_the_ends_of_the_number_range(largest: float) -> None:
 def test_weights_that_are_not_finite_give_scales_that_are_not(value: float) -> None:
     weight = torch.randn(4, 64, generator=torch.Generator().manual_seed(0))
     weight[2, 40] = value
-    for scales in (round_channels(weight)[1], round_groups(weight, 32)[1]):
+    for scales in (Rounder().channels(weight)[1], Rounder().groups(weight, 32)[1]):
         assert not bool(scales.isfinite().all())
         assert bool(scales[[0, 1, 3]].isfinite().all())

@@ -28,7 +28,7 @@ from kvpage.loading.readers import DummyView, ModuleView, open_checkpoint
 from kvpage.loading.weights import LoadedWeights, load_weights
 from kvpage.models.families import gpt2, llama, phi3
 from kvpage.models.hf_config import HFConfig
-from kvpage_int8.rounding import round_groups
+from kvpage_int8.rounding import Rounder
 from kvpage_int8.schemes import Int4, Int8
 
 CONFIG: dict[str, Any] = {
@@ -279,7 +279,7 @@ def test_large_plain_weights_come_in_pieces_and_give_the_form_of_the_whole(tmp_p
     weights = load(tmp_path, definition, tensors, Watched()).weights
     assert max(seen) < 4000
     table = weights["embed.weight"]
-    codes, scales = round_groups(tensors["model.embed_tokens.weight"], 128)
+    codes, scales = Rounder().groups(tensors["model.embed_tokens.weight"], 128)
     whole = GroupedInt(codes=codes, scales=scales, group=128)
     assert isinstance(table, GroupedInt)
     assert torch.equal(table.dequantize(), whole.dequantize())
