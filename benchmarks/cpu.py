@@ -155,6 +155,8 @@ def main() -> None:
             log=log,
         )
         document = measure(given, setup)
+    if given.scaling:
+        return
     found = cells(document)
     print(speed_table(found))
     print()

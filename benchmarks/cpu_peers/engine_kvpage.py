@@ -31,6 +31,10 @@ class Kvpage(LoadedEngine):
             kv_cache_memory="4GiB",
         )
 
+    def details(self) -> dict[str, Any]:
+        names = ("attention_backend", "decoder_backend", "block_size", "notes")
+        return {name: getattr(self._engine.config, name) for name in names}
+
     def prepare(self, work: Workload) -> None:
         self._engine.reset_prefix_cache()
 

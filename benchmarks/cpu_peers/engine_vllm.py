@@ -34,7 +34,7 @@ class Vllm(LoadedEngine):
     def run(self, work: Workload) -> Answer:
         """Where one request runs alone, its first token is timed by the same request for one token, before."""
         first = None
-        if len(work.requests) == 1:
+        if len(work.requests) == 1 and work.new_tokens > 1:
             first, _ = self._complete([Request(work.requests[0].prompt, 1)])
         seconds, tokens = self._complete(list(work.requests))
         return Answer(seconds, tokens, first)

@@ -57,6 +57,10 @@ class LoadedEngine:
 
     version = ""
 
+    def details(self) -> dict[str, Any]:
+        """What the engine chose itself, for the record."""
+        return {}
+
     def prepare(self, work: Workload) -> None:
         """Do what must be done before ``run(work)`` and is not timed. By default nothing."""
 
@@ -96,6 +100,7 @@ def serve(load: Load, *, imports: Callable[[], object] | None = None) -> None:
     engine.run(short_work())
     answer(
         version=engine.version,
+        details=engine.details(),
         import_seconds=imported - began,
         load_seconds=ready - imported,
         first_run_seconds=time.monotonic() - ready,
