@@ -10,7 +10,9 @@
 //   linear_bench check                          every kind against sums in double, bits over rows and threads, packing
 //   linear_bench gemm KIND ROWS,ROWS.. [N,K ..] time of packing rows and multiplying, against what the machine gives
 //   linear_bench pack                           speed of packing bf16 weights in place
-// KIND: f32 bf16 int8 int8d int4 int4d (d: dynamic int8 rows). Environment: THREADS, GROUP, PEAK (Gop/s of the kind).
+// KIND: f32 bf16 int8 int8d int4 int4d (d: dynamic int8 rows). Environment: THREADS, GROUP, PEAK (Gop/s of the kind, all
+// threads), BURST (ms), REPEATS, and for a machine that others use too PAUSE (ms before a burst; a process that slept is
+// not interrupted at once) and QUANTILE (percent; 50: medians, 0: the fastest).
 #include <sys/mman.h>
 
 #include <algorithm>
@@ -19,10 +21,12 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <ctime>
 #include <functional>
 #include <map>
 #include <sstream>
 #include <string>
+#include <thread>
 #include <vector>
 
 #include "linear.h"
@@ -45,7 +49,11 @@ int environment(const char* name, int fallback) {
     return value ? atoi(value) : fallback;
 }
 
-double now() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
+double now() {  // of one thread the processor's time, which others on the machine disturb less
+    timespec t;
+    clock_gettime(environment("THREADS", 2) == 1 ? CLOCK_THREAD_CPUTIME_ID : CLOCK_MONOTONIC, &t);
+    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
+}
 
 char* allocate(size_t bytes) {  // in 2 MiB pages, never freed
     const size_t page = 2 << 20;
@@ -267,8 +275,8 @@ void check_in_place(const Kind& kind, Team& team) {
     fail_unless(error < (kind.dynamic || KVP_ISA == 3 ? kind.tolerance : 2e-6), "packed in place", kind, 3);
 }
 
-// Plain read by the team: what memory gives now, in bytes a second.
-double read_speed(Team& team, const char* p, size_t bytes) {
+// Seconds of a plain read by the team: what memory gives now.
+double read_time(Team& team, const char* p, size_t bytes) {
     const double start = now();
     run(team, [&](int thread, int threads) {
         const size_t share = bytes / threads & ~(size_t)1023;
@@ -280,12 +288,12 @@ double read_speed(Team& team, const char* p, size_t bytes) {
         }
         asm volatile("" : : "x"(total));
     });
-    return bytes / (now() - start);
+    return now() - start;
 }
 
-double median(std::vector<double> v) {
+double quantile(std::vector<double> v) {
     std::sort(v.begin(), v.end());
-    return v[v.size() / 2];
+    return v[(v.size() - 1) * environment("QUANTILE", 50) / 100];
 }
 
 void time_product(const Kind& kind, int rows, int outputs, int inputs, Team& team, double peak) {
@@ -304,10 +312,12 @@ void time_product(const Kind& kind, int rows, int outputs, int inputs, Team& tea
     char* const y = allocate((size_t)rows * outputs * 4);
     Buffer memory(rows_bytes(layers[0], std::min(rows, MAX_ROWS))), scratch(multiply_scratch_bytes() * team.size());
     const double arithmetic = 2.0 * rows * outputs * inputs / peak;
-    const int calls = std::max(1, std::min(copies, (int)(0.03 / (arithmetic + bytes / 34e9))));
-    std::vector<double> times, speeds;
-    for (int repeat = 0, at = 0; repeat < 7; repeat++, at += calls) {
-        speeds.push_back(read_speed(team, weights, bytes * copies));
+    const int calls = std::max(1, std::min(copies, (int)(environment("BURST", 30) * 1e-3 / (arithmetic + bytes / 34e9))));
+    std::vector<double> times, reads;
+    for (int repeat = 0, at = 0; repeat < environment("REPEATS", 7); repeat++, at += calls) {
+        const int from = std::min((at + copies / 2) % copies, copies - calls);  // far from what was used last
+        std::this_thread::sleep_for(std::chrono::milliseconds(environment("PAUSE", 0)));
+        reads.push_back(read_time(team, weights + from * bytes, bytes * calls));
         const double start = now();
         run(team, [&](int thread, int threads) {
             for (int i = 0; i < calls; i++)
@@ -326,7 +336,8 @@ void time_product(const Kind& kind, int rows, int outputs, int inputs, Team& tea
         });
         times.push_back((now() - start) / calls);
     }
-    const double time = median(times), speed = median(speeds), memory_time = (bytes + scale_bytes) / speed;
+    const double time = quantile(times), speed = bytes * calls / quantile(reads);
+    const double memory_time = (bytes + scale_bytes) / speed;
     printf("%-5s M=%-4d %5dx%-5d %9.1f us %6.1f GB/s %6.0f Gop/s  read now %5.1f GB/s  %3.0f%% of bound (%s)\n", kind.name,
            rows, outputs, inputs, time * 1e6, (bytes + scale_bytes) / time / 1e9, 2e-9 * rows * outputs * inputs / time,
            speed / 1e9, 100 * std::max(memory_time, arithmetic) / time, memory_time > arithmetic ? "memory" : "arithmetic");

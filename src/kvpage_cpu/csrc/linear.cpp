@@ -10,9 +10,7 @@ namespace KVP_NS {
 namespace {
 
 constexpr int CHUNK_LINES = 128;             // 16 KB in L1; whole groups and pieces of every kind
-constexpr int AHEAD = 2048;                  // bytes; half as far and twice as far are as good, 8 KB is worse
-constexpr int AHEAD_LINES = AHEAD / LINE;
-constexpr int TALLEST_DIRECT = 4;            // rows of a block from which on expanding costs less than it saves
+constexpr int TALLEST_DIRECT = KVP_ISA >= 2 ? 8 : 6;  // rows, above which expanding costs less than it saves
 constexpr size_t SUMS_BYTES = (size_t)MAX_ROWS * LINE;
 constexpr size_t EXPANDED_BYTES = (size_t)CHUNK_LINES * LINE;
 
@@ -87,20 +85,27 @@ void enter_block(Work& work, const Product& product, int block, int dwords, char
     }
 }
 
+// How far ahead of its use a streamed line is prefetched: few rows pass quickly, and then too far ahead costs most;
+// with more rows less of the panel is in flight in the processor itself.
+int lines_ahead(int rows) { return (rows <= 2 ? 2048 : rows <= 8 ? 8192 : 16384) / LINE; }
+
 // One block whose tile is as wide as the panel: each line is read once, from memory.
 template <class Kind, int TALLEST>
 void stream_panel(const Product& product, const Panel& panel, char* sums) {
-    const bool ends_here = panel.next == panel.weights + (size_t)product.panel_lines * LINE;
     const int lines = product.panel_lines;
-    const int before = ends_here || lines < AHEAD_LINES ? lines : (lines - AHEAD_LINES + 15) / 16 * 16;
-    Work work = work_at<Kind>(product, panel, 0, before);
-    enter_block<Kind>(work, product, 0, 0, sums);
-    work.ahead = work.weights + AHEAD;
-    work.stride = LINE;
-    add_block<Kind, TALLEST>(product.rows.count, work);
-    if (before == lines) return;
-    work = work_at<Kind>(product, panel, before, lines - before);
-    enter_block<Kind>(work, product, 0, before * Kind::STEPS, sums);
+    const bool on = panel.next == panel.weights + (size_t)lines * LINE;
+    const int reach = lines_ahead(product.rows.count);
+    const int last = on || lines <= reach ? 0 : (lines - reach + 15) / 16 * 16;  // from here on `next` is prefetched
+    if (last > 0 || on) {
+        Work work = work_at<Kind>(product, panel, 0, on ? lines : last);
+        enter_block<Kind>(work, product, 0, 0, sums);
+        work.ahead = work.weights + (size_t)reach * LINE;
+        work.stride = LINE;
+        add_block<Kind, TALLEST>(product.rows.count, work);
+    }
+    if (on) return;
+    Work work = work_at<Kind>(product, panel, last, lines - last);
+    enter_block<Kind>(work, product, 0, last * Kind::STEPS, sums);
     work.ahead = panel.next;
     work.stride = LINE;
     add_block<Kind, TALLEST>(product.rows.count, work);

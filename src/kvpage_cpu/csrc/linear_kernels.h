@@ -47,7 +47,8 @@ struct Bfloat16 : FloatProducts {
 struct Int8 : FloatProducts {
     static constexpr int STEPS = 4;
     KVP_INLINE F weights(I line, int step) {
-        return to_float(bit_and(shift_right(line, 8 * step), splat_int(255))) - splat(128.0f);
+        const I codes = bit_xor(line, splat_int((int32_t)0x80808080));  // w + 128 to w
+        return to_float(shift_right_signed(shift_left(codes, 24 - 8 * step), 24));
     }
 };
 
@@ -55,12 +56,13 @@ struct Int4 : FloatProducts {
     static constexpr int STEPS = 8;
     static constexpr Scaling SCALING = Scaling::of_weights;
     KVP_INLINE F weights(I line, int step) {
-        const I code = shift_right(line, 4 * (step / 2 + step % 2 * 4));
+        const int position = 4 * (step / 2 + step % 2 * 4);
 #if KVP_ISA == 2
         const F codes = _mm512_setr_ps(-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7);
-        return _mm512_permutexvar_ps(code, codes);  // looks at the low 4 bits only
+        return _mm512_permutexvar_ps(shift_right(line, position), codes);  // looks at the low 4 bits only
 #else
-        return to_float(bit_and(code, splat_int(15))) - splat(8.0f);
+        const I codes = bit_xor(line, splat_int((int32_t)0x88888888));  // q to q - 8
+        return to_float(shift_right_signed(shift_left(codes, 28 - position), 28));
 #endif
     }
 };
@@ -111,13 +113,18 @@ struct Bfloat16 : PairProducts {
 struct Int8 : PairProducts {
     static constexpr int STEPS = 2;
     KVP_INLINE I weights(I line, int step) {
-        const F low = byte_as_float(shift_right(line, 16 * step));
-        const F high = byte_as_float(shift_right(line, 16 * step + 8));  // 8 bits: the lower half of the float is 0
-        return _mm512_or_si512(shift_right(as_int(low), 16), as_int(high));
+        const I low = byte_as_float(line, 2 * step), high = byte_as_float(line, 2 * step + 1);
+        // Floats of 8 bits end in 16 zeros: the upper half of `low` takes the lower half of `high`.
+        return _mm512_mask_shuffle_epi8(high, 0x3333333333333333, low, bytes_of_dwords(2, 3));
     }
-    KVP_INLINE F byte_as_float(I x) {  // the mantissa of 2^23 + byte, less what is too much
-        const I bits = _mm512_ternarylogic_epi32(x, splat_int(255), splat_int(0x4b000000), 0xea);  // x & 255 | 2^23
-        return as_float(bits) - splat(8388608.0f + 128.0f);
+    KVP_INLINE I byte_as_float(I line, int index) {  // the mantissa of 2^23 + byte, less what is too much
+        const I bits =
+            _mm512_mask_shuffle_epi8(splat_int(0x4b000000), 0x1111111111111111, line, bytes_of_dwords(index, index));
+        return as_int(as_float(bits) - splat(8388608.0f + 128.0f));
+    }
+    KVP_INLINE I bytes_of_dwords(int first, int second) {  // a shuffle that takes these to the low half of each dword
+        const int dword = first | second << 8;
+        return _mm512_broadcast_i32x4(_mm_setr_epi32(dword, dword + 0x0404, dword + 0x0808, dword + 0x0c0c));
     }
 };
 
@@ -234,31 +241,34 @@ KVP_INLINE void load_sum(I& sum, const char* p) { sum = load_bits(p); }
 KVP_INLINE void store_sum(char* p, F sum) { store((float*)p, sum); }
 KVP_INLINE void store_sum(char* p, I sum) { store_bits(p, sum); }
 
-// A group's sums of (q - 8) * x, or of q * x - 8 * sum(x) in integers, scaled and added to the row's.
-template <int NV>
-KVP_INLINE void add_group(float* total, const F (&sums)[NV], const GroupScales<NV>& group, const Work& work, int row,
+// A group's sums of (q - 8) * x, or of q * x - 8 * sum(x) in integers, scaled and added to the rows'.
+template <bool OFFSETS, int HEIGHT, int NV>
+KVP_INLINE void add_group(float* total, const F (&sums)[HEIGHT][NV], const GroupScales<NV>& group, const Work& work,
                           int index) {
-    float x = 0.0f;
-    if (work.offsets) {
-        const float* pieces = work.piece_sums + row * work.num_pieces + index * work.group_pieces;
-        for (int i = 0; i < work.group_pieces; i++) x += pieces[i];
-    }
-    KVP_UNROLL for (int n = 0; n < NV; n++) {
-        F sum = fma(sums[n], group.scales[n], load(total + n * W));
-        if (work.offsets) sum = fma(splat(x), group.offsets[n], sum);
-        store(total + n * W, sum);
+    KVP_UNROLL for (int m = 0; m < HEIGHT; m++) {
+        float x = 0.0f;
+        if (OFFSETS)
+            for (int i = 0; i < work.group_pieces; i++)
+                x += work.piece_sums[m * work.num_pieces + index * work.group_pieces + i];
+        KVP_UNROLL for (int n = 0; n < NV; n++) {
+            F sum = fma(sums[m][n], group.scales[n], load(total + m * PANEL + n * W));
+            if (OFFSETS) sum = fma(splat(x), group.offsets[n], sum);
+            store(total + m * PANEL + n * W, sum);
+        }
     }
 }
 
-template <int NV>
-KVP_INLINE void add_group(float* total, const I (&sums)[NV], const GroupScales<NV>& group, const Work& work, int row,
+template <bool OFFSETS, int HEIGHT, int NV>
+KVP_INLINE void add_group(float* total, const I (&sums)[HEIGHT][NV], const GroupScales<NV>& group, const Work& work,
                           int index) {
-    const F scale = splat(work.row_scales[row * work.num_groups + index]);
-    const F x = splat((float)work.row_sums[row * work.num_groups + index]);
-    KVP_UNROLL for (int n = 0; n < NV; n++) {
-        F sum = to_float(sums[n]) * group.scales[n];
-        if (work.offsets) sum = fma(x, group.offsets[n], sum);
-        store(total + n * W, fma(sum, scale, load(total + n * W)));
+    KVP_UNROLL for (int m = 0; m < HEIGHT; m++) {
+        const F scale = splat(work.row_scales[m * work.num_groups + index]);
+        const F x = to_float(splat_int(work.row_sums[m * work.num_groups + index]));
+        KVP_UNROLL for (int n = 0; n < NV; n++) {
+            F sum = to_float(sums[m][n]) * group.scales[n];
+            if (OFFSETS) sum = fma(x, group.offsets[n], sum);
+            store(total + m * PANEL + n * W, fma(sum, scale, load(total + m * PANEL + n * W)));
+        }
     }
 }
 
@@ -271,7 +281,8 @@ KVP_INLINE void begin_group(typename Kind::Sum (&sums)[NV], const Work& work, in
 }
 
 template <class Kind, int HEIGHT, int NV>
-static void tile(const Work& work, int column, const char* ahead) {
+static void tile(const Work& work_of_all, int column, const char* ahead) {
+    const Work work = work_of_all;  // a copy, which no store can change
     Position at{work.x, work.weights + column * 4, ahead, PIECE / 2};
     typename Kind::Sum sums[HEIGHT][NV];
     char* const total = work.sums + column * 4;
@@ -283,8 +294,8 @@ static void tile(const Work& work, int column, const char* ahead) {
             add_lines<Kind, HEIGHT, NV>(sums, at, work.group_lines, work.stride, nullptr);
             GroupScales<NV> group;
             load_scales<NV>(group, work, index, column);
-            KVP_UNROLL for (int m = 0; m < HEIGHT; m++)
-                add_group<NV>((float*)(total + m * LINE), sums[m], group, work, m, index);
+            if (work.offsets) add_group<true, HEIGHT, NV>((float*)total, sums, group, work, index);
+            else add_group<false, HEIGHT, NV>((float*)total, sums, group, work, index);
         }
         return;
     }

@@ -68,16 +68,6 @@ KVP_INLINE void transpose(I (&r)[LANES]) {
 
 #endif
 
-KVP_INLINE I bit_xor(I a, I b) {
-#if KVP_ISA >= 2
-    return _mm512_xor_si512(a, b);
-#elif KVP_ISA == 1
-    return _mm256_xor_si256(a, b);
-#else
-    return a ^ b;
-#endif
-}
-
 // Exchanges the bits of `mask` with those `shift` higher.
 KVP_INLINE I exchange(I x, int shift, int32_t mask) {
     const I differing = bit_and(bit_xor(x, shift_right(x, shift)), splat_int(mask));

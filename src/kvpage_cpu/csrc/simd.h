@@ -52,7 +52,9 @@ KVP_INLINE F as_float(I x) { return _mm512_castsi512_ps(x); }
 KVP_INLINE I as_int(F x) { return _mm512_castps_si512(x); }
 KVP_INLINE I shift_left(I x, int n) { return _mm512_slli_epi32(x, n); }
 KVP_INLINE I shift_right(I x, int n) { return _mm512_srli_epi32(x, n); }
+KVP_INLINE I shift_right_signed(I x, int n) { return _mm512_srai_epi32(x, n); }
 KVP_INLINE I bit_and(I a, I b) { return _mm512_and_si512(a, b); }
+KVP_INLINE I bit_xor(I a, I b) { return _mm512_xor_si512(a, b); }
 KVP_INLINE I add(I a, I b) { return _mm512_add_epi32(a, b); }
 KVP_INLINE F load_bf16(const uint16_t* p) {
     return as_float(shift_left(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16));
@@ -79,7 +81,9 @@ KVP_INLINE F as_float(I x) { return _mm256_castsi256_ps(x); }
 KVP_INLINE I as_int(F x) { return _mm256_castps_si256(x); }
 KVP_INLINE I shift_left(I x, int n) { return _mm256_slli_epi32(x, n); }
 KVP_INLINE I shift_right(I x, int n) { return _mm256_srli_epi32(x, n); }
+KVP_INLINE I shift_right_signed(I x, int n) { return _mm256_srai_epi32(x, n); }
 KVP_INLINE I bit_and(I a, I b) { return _mm256_and_si256(a, b); }
+KVP_INLINE I bit_xor(I a, I b) { return _mm256_xor_si256(a, b); }
 KVP_INLINE I add(I a, I b) { return _mm256_add_epi32(a, b); }
 KVP_INLINE F load_bf16(const uint16_t* p) {
     return as_float(shift_left(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16));
@@ -113,7 +117,9 @@ KVP_INLINE F round_down(F x) {  // |x| < 2^31
 }
 KVP_INLINE I shift_left(I x, int n) { return x << n; }
 KVP_INLINE I shift_right(I x, int n) { return (I)((U)x >> n); }
+KVP_INLINE I shift_right_signed(I x, int n) { return x >> n; }
 KVP_INLINE I bit_and(I a, I b) { return a & b; }
+KVP_INLINE I bit_xor(I a, I b) { return a ^ b; }
 KVP_INLINE I add(I a, I b) { return a + b; }
 KVP_INLINE F load_bf16(const uint16_t* p) {
     return (F)(I{p[0], p[1], p[2], p[3]} << 16);
