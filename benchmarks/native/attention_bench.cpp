@@ -94,11 +94,14 @@ static void run(const KvpAttention& call, int threads) {
     static std::vector<std::vector<char>> scratch;
     const size_t bytes = attend_scratch_bytes(call) + 64;
     scratch.resize(threads);
+    static std::vector<char> memory;
+    memory.resize(attend_shared_bytes(threads) + 64);
+    char* const shared = (char*)(((uintptr_t)memory.data() + 63) / 64 * 64);
     std::atomic<int> next{0};
     const auto job = [&](int thread) {
         if (scratch[thread].size() < bytes) scratch[thread].resize(bytes);
         char* const aligned = (char*)(((uintptr_t)scratch[thread].data() + 63) / 64 * 64);
-        attend(call, aligned, next, thread, threads);
+        attend(call, aligned, shared, next, threads);
     };
     std::vector<std::thread> others;
     for (int t = 1; t < threads; t++) others.emplace_back(job, t);

@@ -2,63 +2,13 @@
 
 #include "attention_cache.h"
 #include "attention_softmax.h"
+#include "attention_work.h"
 
 namespace KVP_NS {
 
 #define KVP_MEMBER inline __attribute__((always_inline))
 
 namespace {
-
-constexpr int SPLIT = 1024;         // keys of a partial result; partial results are merged in order
-constexpr int ROWS_OF_UNIT = 112;   // rows (query, head) of a unit of work, at least one query
-constexpr size_t LINE_BYTES = 64;
-
-int group_of(const KvpAttention& layer) { return layer.heads / layer.kv_heads; }
-
-int queries_of_unit(const KvpAttention& layer) {
-    const int queries = ROWS_OF_UNIT / group_of(layer);
-    return queries > 1 ? queries : 1;
-}
-
-// Memory of one thread.
-struct Scratch {
-    char* queries;         // blocks of rows, each [elements / LINE][rows][LINE]
-    float* sums;           // [rows][padded Dv], of the split that is being computed
-    float* total_sums;     // the same, of all splits before it
-    F* weight_sums;        // [rows] lanes, of the split
-    float *largest, *total_largest, *total_weights;  // [rows]
-    float* scores;         // [TALLEST][TILE]
-    char* weights;         // [PIECES][TALLEST][PIECE]
-    char* staged_keys;     // int8: [PIECES][D / 2][PIECE] pairs
-    char* staged_values;   // [PIECES][PIECE][padded Dv]
-    float *k_scales, *v_scales;  // int8: [TILE]
-    size_t bytes;
-
-    Scratch(const KvpAttention& layer, char* memory) {
-        const size_t rows = (size_t)queries_of_unit(layer) * group_of(layer), dim = padded(layer.v_head_dim);
-        const bool codes = layer.kv_type == KVP_I8;
-        char* at = memory;
-        const auto take = [&at](size_t size) {
-            char* const part = at;
-            at += (size + LINE_BYTES - 1) / LINE_BYTES * LINE_BYTES;
-            return part;
-        };
-        queries = take(rows * (((size_t)layer.head_dim + LINE - 1) / LINE * LINE) * 4);
-        sums = (float*)take(rows * dim * 4);
-        total_sums = (float*)take(rows * dim * 4);
-        weight_sums = (F*)take(rows * sizeof(F));
-        largest = (float*)take(rows * 4);
-        total_largest = (float*)take(rows * 4);
-        total_weights = (float*)take(rows * 4);
-        scores = (float*)take((size_t)TALLEST * TILE * 4);
-        weights = take((size_t)TALLEST * TILE * 4);
-        staged_keys = take(codes ? (size_t)TILE * layer.head_dim * 2 : 0);
-        staged_values = take(TILE * dim * 4);
-        k_scales = (float*)take(codes ? TILE * 4 : 0);
-        v_scales = (float*)take(codes ? TILE * 4 : 0);
-        bytes = (size_t)(at - memory);
-    }
-};
 
 using ScoreKernel = void (*)(const void*, const char* const*, int64_t, int, const char* const*, float*);
 using ValueKernel = void (*)(const Values&, int, const float*, float*);
@@ -79,11 +29,6 @@ struct KernelsOf {
         if constexpr (M > 1) return KernelsOf<PAIRS, M - 1>::value(rows, vectors);
         return nullptr;
     }
-};
-
-// Some queries of one sequence, with one KV head. Its rows are queries x heads of the group, queries outermost.
-struct Unit {
-    int row, head, first_query, queries;
 };
 
 // Keys [start, start + TILE) of a unit, each piece where the micro-kernels read it.
@@ -107,21 +52,39 @@ class Attention {
         : layer_(layer), shape_(layer), scratch_(layer, memory), group_(group_of(layer)), dim_(padded(layer.v_head_dim)),
           elements_(layer.head_dim * LINE / Left<PAIRS>::LINE_VALUES),
           query_bytes_((elements_ + LINE - 1) / LINE * LINE * 4),
-          key_stride_(KV_TYPE == KVP_I8 ? 4 * PIECE : shape_.step), scoring_{layer.scale, layer.softcap, KV_TYPE == KVP_I8 ? scratch_.k_scales : nullptr,
+          key_stride_(KV_TYPE == KVP_I8 ? 4 * PIECE : shape_.step),
+          scoring_{layer.scale, layer.softcap, KV_TYPE == KVP_I8 ? scratch_.k_scales : nullptr,
                    KV_TYPE == KVP_I8 ? scratch_.v_scales : nullptr} {}
 
     void run(const Unit& unit) {
-        start(unit);
+        place(unit);
+        for (int block = 0; block < blocks_; block++) read_queries(block);
         const Range seen = keys_of(0, rows_);
         for (int split = seen.first / SPLIT; split * SPLIT < seen.last; split++) {
-            attend_split(split, seen);
-            merge_split();
+            attend_split(split, seen, scratch_.split);
+            merge(scratch_.split);
         }
         finish();
     }
 
+    void run_split(const Unit& unit, int split, const Partial& part) {
+        place(unit);
+        const Range seen = keys_of(0, rows_);
+        if (split * SPLIT >= seen.last || (split + 1) * SPLIT <= seen.first) return;
+        for (int block = 0; block < blocks_; block++) read_queries(block);
+        attend_split(split, seen, part);
+    }
+
+    // What run() makes of the parts that run_split() made.
+    void join_splits(const Unit& unit, int number, const SplitWork& work) {
+        place(unit);
+        const Range seen = keys_of(0, rows_);
+        for (int split = seen.first / SPLIT; split * SPLIT < seen.last; split++) merge(work.part(number, split));
+        finish();
+    }
+
   private:
-    void start(const Unit& unit) {
+    void place(const Unit& unit) {
         unit_ = unit;
         rows_ = unit.queries * group_;
         const int32_t* const starts = layer_.cu_seqlens + unit.row;
@@ -131,8 +94,7 @@ class Attention {
         sequence_ = {(const char*)layer_.kv + unit.head * shape_.head,
                      layer_.tables + unit.row * layer_.table_stride, shape_.block, layer_.block_size};
         blocks_ = (rows_ + TALLEST - 1) / TALLEST;
-        for (int block = 0; block < blocks_; block++) read_queries(block);
-        for (int row = 0; row < rows_; row++) scratch_.total_largest[row] = NOTHING;
+        for (int row = 0; row < rows_; row++) scratch_.total.largest[row] = NOTHING;
     }
 
     int block_start(int block) const { return rows_ * block / blocks_; }
@@ -179,12 +141,13 @@ class Attention {
         }
     }
 
-    void attend_split(int split, Range seen) {
+    void attend_split(int split, Range seen, const Partial& part) {
+        part_ = part;
         for (int row = 0; row < rows_; row++) {
-            scratch_.largest[row] = NOTHING;
+            part_.largest[row] = NOTHING;
             scratch_.weight_sums[row] = zero();
         }
-        memset(scratch_.sums, 0, sizeof(float) * (size_t)rows_ * dim_);
+        memset(part_.sums, 0, sizeof(float) * (size_t)rows_ * dim_);
         if (seen.first < split * SPLIT) seen.first = split * SPLIT;
         if (seen.last > (split + 1) * SPLIT) seen.last = (split + 1) * SPLIT;
         Tile tiles[2];
@@ -198,6 +161,7 @@ class Attention {
             stage(tiles[current], next, seen);
             for (int block = 0; block < blocks_; block++) attend_block(block, tiles[current], next);
         }
+        for (int row = 0; row < rows_; row++) part_.weights[row] = sum(scratch_.weight_sums[row]);
     }
 
     // Where the tile's pieces lie; those that no query sees are other pieces of it, of which scores are masked.
@@ -257,7 +221,7 @@ class Attention {
         weigh(first, rows, pieces, tile.start, factors);
         const char* const* const ahead = KV_TYPE == KVP_I8 ? tile.keys : next.keys;  // codes are prefetched by stage()
         const Values values = {scratch_.weights, tile.values, ahead, key_stride_, pieces.first, pieces.last, dim_};
-        float* const sums = scratch_.sums + (int64_t)first * dim_;
+        float* const sums = part_.sums + (int64_t)first * dim_;
         for (int column = 0; column < dim_;) {
             int vectors = rows <= FEW ? 4 : 2;
             while (vectors * W > dim_ - column) vectors /= 2;
@@ -283,7 +247,7 @@ class Attention {
     // Scores of a block become weights relative to each row's largest so far; factors: what the sums of the tiles
     // before are worth now.
     void weigh(int first, int rows, Range pieces, int start, float* factors) {
-        float* const largest = scratch_.largest + first;
+        float* const largest = part_.largest + first;
         float now[2 * LINE] = {}, change[2 * LINE] = {};
         const int from = pieces.first * PIECE, to = pieces.last * PIECE;
         const Scoring scoring = scoring_;
@@ -308,22 +272,22 @@ class Attention {
         }
     }
 
-    // The split's result joins those before it. A row that saw none of its keys stays as it is, to the bit.
-    void merge_split() {
+    // A split's result joins those before it. A row that saw none of its keys stays as it is, to the bit.
+    void merge(const Partial& part) {
+        const Partial& total = scratch_.total;
         for (int row = 0; row < rows_; row++) {
-            const float largest = scratch_.largest[row], before = scratch_.total_largest[row];
+            const float largest = part.largest[row], before = total.largest[row];
             if (largest == NOTHING) continue;
             const float most = before > largest ? before : largest;
-            const float weights = sum(scratch_.weight_sums[row]);
             const float own = power(largest - most), past = before == NOTHING ? 0.0f : power(before - most);
-            float* const total = scratch_.total_sums + (int64_t)row * dim_;
-            const float* const sums = scratch_.sums + (int64_t)row * dim_;
-            scratch_.total_largest[row] = most;
-            if (before == NOTHING) scratch_.total_weights[row] = weights;
-            else scratch_.total_weights[row] = __builtin_fmaf(weights, own, scratch_.total_weights[row] * past);
+            float* const sums = total.sums + (int64_t)row * dim_;
+            const float* const more = part.sums + (int64_t)row * dim_;
+            total.largest[row] = most;
+            if (before == NOTHING) total.weights[row] = part.weights[row];
+            else total.weights[row] = __builtin_fmaf(part.weights[row], own, total.weights[row] * past);
             for (int i = 0; i < dim_; i += W) {
-                const F part = settled(load(sums + i));
-                store(total + i, before == NOTHING ? part : fma(part, splat(own), load(total + i) * splat(past)));
+                const F x = settled(load(more + i));
+                store(sums + i, before == NOTHING ? x : fma(x, splat(own), load(sums + i) * splat(past)));
             }
         }
     }
@@ -340,9 +304,10 @@ class Attention {
     void finish() {
         for (int row = 0; row < rows_; row++) {
             const int head = unit_.head * group_ + row % group_;
-            float largest = scratch_.total_largest[row], share = 0.0f;
+            const float largest = scratch_.total.largest[row];
+            float share = 0.0f;
             if (largest != NOTHING) {
-                float weights = scratch_.total_weights[row];
+                float weights = scratch_.total.weights[row];
                 share = 1.0f;
                 if (layer_.sinks) {
                     const float sink = layer_.sinks[head] * LOG2_E, most = sink > largest ? sink : largest;
@@ -356,7 +321,7 @@ class Attention {
     }
 
     void write_result(int row, int head, float share, bool none) {
-        const float* const sums = scratch_.total_sums + (int64_t)row * dim_;
+        const float* const sums = scratch_.total.sums + (int64_t)row * dim_;
         const int64_t at = (first_token_ + row / group_) * layer_.out_token + head * layer_.out_head;
         const int dim = layer_.v_head_dim;
         for (int i = 0; i < dim; i += W) {
@@ -395,57 +360,50 @@ class Attention {
     const int64_t key_stride_;  // bytes from step to step of K, as the micro-kernels read it
     const Scoring scoring_;
 
+    Partial part_;
     Unit unit_ = {};
     Sequence sequence_ = {};
     int rows_ = 0, blocks_ = 0, first_position_ = 0, length_ = 0;
     int64_t first_token_ = 0;
 };
 
-// Walks over the units of a layer: rows from the last to the first (long prompts come last in a step, and go first
-// here), a row's last queries first, then its heads.
-class Units {
-  public:
-    explicit Units(const KvpAttention& layer) : layer_(layer), per_unit_(queries_of_unit(layer)), row_(layer.num_rows) {}
-
-    // Unit number `index`, not below that of the call before; false after the last.
-    bool find(int index, Unit& unit) {
-        while (index >= first_ + count_) {
-            if (--row_ < 0) return false;
-            first_ += count_;
-            const int queries = layer_.cu_seqlens[row_ + 1] - layer_.cu_seqlens[row_];
-            count_ = layer_.seq_lens[row_] > 0 ? (queries + per_unit_ - 1) / per_unit_ * layer_.kv_heads : 0;
-        }
-        const int queries = layer_.cu_seqlens[row_ + 1] - layer_.cu_seqlens[row_];
-        const int tile = (queries + per_unit_ - 1) / per_unit_ - 1 - (index - first_) / layer_.kv_heads;
-        unit.row = row_;
-        unit.head = (index - first_) % layer_.kv_heads;
-        unit.first_query = tile * per_unit_;
-        unit.queries = queries - unit.first_query < per_unit_ ? queries - unit.first_query : per_unit_;
-        return true;
-    }
-
-  private:
-    const KvpAttention& layer_;
-    const int per_unit_;
-    int row_, first_ = 0, count_ = 0;
-};
-
 template <int KV_TYPE>
-void attend_all(const KvpAttention& layer, char* scratch, std::atomic<int>& next) {
+void attend_all(const KvpAttention& layer, char* scratch, char* shared, std::atomic<int>& next, int threads) {
     Attention<KV_TYPE> attention(layer, scratch);
+    const SplitWork work(layer, shared, threads);
     Units units(layer);
     Unit unit;
-    while (units.find(next.fetch_add(1, std::memory_order_relaxed), unit)) attention.run(unit);
+    if (work.splits == 0) {
+        while (units.find(next.fetch_add(1, std::memory_order_relaxed), unit)) attention.run(unit);
+        return;
+    }
+    const int parts = work.units * work.splits;
+    const auto draw = [&next] { return next.fetch_add(1, std::memory_order_relaxed) % SplitWork::DONE; };
+    int index = draw();
+    for (; index < parts; index = draw()) {
+        const int number = index / work.splits, split = index % work.splits;
+        units.find(number, unit);
+        attention.run_split(unit, split, work.part(number, split));
+        next.fetch_add(SplitWork::DONE, std::memory_order_release);
+    }
+    if (index >= parts + work.units) return;
+    SplitWork::wait_for(next, parts);
+    for (Units again(layer); index < parts + work.units; index = draw()) {
+        again.find(index - parts, unit);
+        attention.join_splits(unit, index - parts, work);
+    }
 }
 
 }  // namespace
 
 size_t attend_scratch_bytes(const KvpAttention& layer) { return Scratch(layer, nullptr).bytes; }
 
-void attend(const KvpAttention& layer, char* scratch, std::atomic<int>& next, int, int) {
-    if (layer.kv_type == KVP_F32) attend_all<KVP_F32>(layer, scratch, next);
-    else if (layer.kv_type == KVP_BF16) attend_all<KVP_BF16>(layer, scratch, next);
-    else attend_all<KVP_I8>(layer, scratch, next);
+size_t attend_shared_bytes(int threads) { return threads == 1 ? 0 : (size_t)threads << 21; }
+
+void attend(const KvpAttention& layer, char* scratch, char* shared, std::atomic<int>& next, int threads) {
+    if (layer.kv_type == KVP_F32) attend_all<KVP_F32>(layer, scratch, shared, next, threads);
+    else if (layer.kv_type == KVP_BF16) attend_all<KVP_BF16>(layer, scratch, shared, next, threads);
+    else attend_all<KVP_I8>(layer, scratch, shared, next, threads);
 }
 
 }  // namespace KVP_NS

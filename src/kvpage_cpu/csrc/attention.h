@@ -16,10 +16,12 @@ size_t block_bytes(int kv_type, int kv_heads, int head_dim, int v_head_dim, int 
 // slot's bytes are written.
 void write_head(const KvpAttention& layer, int64_t slot, int head, const float* k, const float* v);
 
-// Bytes of scratch that a thread needs for attend().
+// Bytes of scratch that a thread needs for attend(), and bytes that all threads of a team share in it.
 size_t attend_scratch_bytes(const KvpAttention& layer);
+size_t attend_shared_bytes(int threads);
 
-// This thread's share of the layer's queries; threads draw units of work from `next`, which starts at 0.
-void attend(const KvpAttention& layer, char* scratch, std::atomic<int>& next, int thread, int threads);
+// This thread's share of the layer's queries; threads draw units of work from `next`, which starts at 0. `scratch` and
+// `shared` are 64-byte aligned and hold anything.
+void attend(const KvpAttention& layer, char* scratch, char* shared, std::atomic<int>& next, int threads);
 
 }  // namespace KVP_NS

@@ -1,124 +1,18 @@
 // Phases of a layer, each ended by a barrier of the team; T tokens in tiles of at most MAX_ROWS:
 //   every tile: norm and pack rows | q, k, v | norm, turn and store heads      then all tokens: attention
 //   every tile: pack rows | out | norm and pack rows | gate and up | down
-// K and V of all tokens of a layer are written before any token attends. Rows are shared out by their number, panels of
+// (or router, then each expert). K and V of all tokens of a layer are written before any token attends. Rows are shared out by their number, panels of
 // a weight by the products themselves: neither changes a result. The last layer goes on only with wanted tokens.
 #include "decoder.h"
 
 #include "attention.h"
 #include "elementwise.h"
 #include "linear.h"
+#include "routing.h"
+#include "workspace.h"
 
 namespace KVP_NS {
 namespace {
-
-// Hands out parts of one piece of memory; without memory it only counts.
-class Carver {
-  public:
-    explicit Carver(char* memory) : memory_(memory) {}
-
-    template <class T> T* take(size_t count) {
-        T* part = memory_ ? (T*)(memory_ + used_) : nullptr;
-        used_ += (count * sizeof(T) + 63) / 64 * 64;
-        return part;
-    }
-
-    size_t used() const { return used_; }
-
-  private:
-    char* memory_;
-    size_t used_ = 0;
-};
-
-int64_t q_width(const KvpLayer& layer) { return (int64_t)layer.heads * layer.head_dim; }
-int64_t attended_width(const KvpLayer& layer) { return (int64_t)layer.heads * layer.v_head_dim; }
-
-// What `up` leaves for `down`: straight into its packed rows where that is possible.
-bool flows_into_down(const KvpLayer& layer) {
-    const RowForm form = row_form(layer.down);
-    return (form == RowForm::f32 || form == RowForm::bf16) && layer.down.inputs % PANEL == 0;
-}
-bool gates_in_product(const KvpLayer& layer) { return layer.gated && layer.down.inputs % PANEL == 0; }
-
-KvpAttention attention_of(const KvpModel& model, const KvpStep& step, int index) {
-    const KvpLayer& layer = model.layers[index];
-    const KvpGroup& group = step.groups[layer.kv_group];
-    KvpAttention call = {};
-    call.kv_type = model.kv_type;
-    call.io_type = KVP_F32;
-    call.heads = layer.heads;
-    call.kv_heads = layer.kv_heads;
-    call.head_dim = layer.head_dim;
-    call.v_head_dim = layer.v_head_dim;
-    call.block_size = group.block_size;
-    call.window = layer.window;
-    call.scale = layer.scale;
-    call.softcap = layer.softcap;
-    call.sinks = layer.sinks;
-    call.num_rows = group.num_rows;
-    call.cu_seqlens = group.cu_seqlens;
-    call.seq_lens = group.seq_lens;
-    call.tables = group.tables;
-    call.table_stride = group.table_stride;
-    call.kv = step.kv[index];
-    call.q_head = layer.head_dim;
-    call.out_head = layer.v_head_dim;
-    return call;
-}
-
-struct Workspace {
-    float* qkv;           // [T, widest q + k + v]; attention writes over q where it can
-    float* attended;      // [T, widest heads * Dv]
-    float* inner;         // [tile, widest outputs of up]
-    float *mixed, *fed;   // [tile, H]: what mixer and ffn give where it cannot be added at once
-    float *last_x, *last_q;  // [wanted, ..]
-    int32_t* last_starts;    // [B + 1]
-    char *rows, *inner_rows;
-    std::atomic<int>* units;  // by layer: the next unit of attention
-    char* scratch;            // one part a thread
-    size_t scratch_size;
-    size_t bytes;
-
-    Workspace(const KvpModel& model, const KvpStep& step, int threads, char* memory) {
-        const int tokens = step.num_tokens, tile = tokens < MAX_ROWS ? tokens : MAX_ROWS;
-        int64_t widest_qkv = 0, widest_q = 0, widest_attended = 0, widest_up = 0;
-        size_t widest_rows = 0, widest_inner = 0;
-        scratch_size = at_least(multiply_scratch_bytes(), sizeof(float) * model.hidden);
-        for (int i = 0; i < model.num_layers; i++) {
-            const KvpLayer& layer = model.layers[i];
-            widest_qkv = at_least(widest_qkv, (int64_t)layer.qkv.outputs);
-            widest_q = at_least(widest_q, q_width(layer));
-            if (layer.head_dim != layer.v_head_dim)
-                widest_attended = at_least(widest_attended, attended_width(layer));
-            if (!flows_into_down(layer)) widest_up = at_least(widest_up, (int64_t)layer.up.outputs);
-            widest_rows = at_least(widest_rows, rows_bytes(layer.qkv, tile));
-            widest_rows = at_least(widest_rows, rows_bytes(layer.out, tile));
-            widest_rows = at_least(widest_rows, rows_bytes(layer.up, tile));
-            widest_inner = at_least(widest_inner, rows_bytes(layer.down, tile));
-            scratch_size = at_least(scratch_size, attend_scratch_bytes(attention_of(model, step, i)));
-        }
-        scratch_size = (scratch_size + 4095) / 4096 * 4096;
-        const int sequences = model.num_layers ? step.groups[0].num_rows : 0;
-        Carver parts(memory);
-        qkv = parts.take<float>((size_t)tokens * widest_qkv);
-        attended = parts.take<float>((size_t)tokens * widest_attended);
-        inner = parts.take<float>((size_t)tile * widest_up);
-        mixed = parts.take<float>((size_t)tile * model.hidden);
-        fed = parts.take<float>((size_t)tile * model.hidden);
-        last_x = parts.take<float>((size_t)sequences * model.hidden);
-        last_q = parts.take<float>((size_t)sequences * at_least(widest_q, widest_attended));
-        last_starts = parts.take<int32_t>(sequences + 1);
-        units = parts.take<std::atomic<int>>(model.num_layers);
-        rows = parts.take<char>(widest_rows);
-        inner_rows = parts.take<char>(widest_inner);
-        scratch = parts.take<char>(scratch_size * threads);
-        bytes = parts.used();
-    }
-
-  private:
-    static int64_t at_least(int64_t a, int64_t b) { return a > b ? a : b; }
-    static size_t at_least(size_t a, size_t b) { return a > b ? a : b; }
-};
 
 // One thread's part of one step.
 class Step {
@@ -145,7 +39,7 @@ class Step {
             const bool in_place = layer.head_dim == layer.v_head_dim;
             call.out = in_place ? const_cast<void*>(call.q) : space_.attended;
             call.out_token = in_place ? call.q_token : attended_width(layer);
-            attend(call, scratch_, space_.units[i], thread_, threads_);
+            attend(call, scratch_, space_.shared, space_.units[i], threads_);
             team_.barrier();
             finish(layer, narrows ? space_.last_x : x, wanted_or_all(narrows, wanted), (float*)call.out, call.out_token);
         }
@@ -296,12 +190,18 @@ class Step {
             }
         }
         const bool same = layer.parallel && layer.ffn_before.kind == KVP_NO_NORM;
-        const Rows ffn_rows = rows_at(layer.up, count, space_.rows);
-        pack_normed(same ? layer.mixer_before : layer.ffn_before, x, ffn_rows);
-        team_.barrier();
-        const Rows inner_rows = feed(layer, ffn_rows, count);
-        const bool ends = !layer.parallel && layer.ffn_after.kind == KVP_NO_NORM;
-        multiply(layer.down, inner_rows, branch(layer, ends ? x : space_.fed, ends), scratch_, thread_, threads_);
+        const KvpNorm& before = same ? layer.mixer_before : layer.ffn_before;
+        const bool ends = !layer.parallel && layer.ffn_after.kind == KVP_NO_NORM && !layer.mixture;
+        if (layer.mixture) {
+            mix(*layer.mixture, before, x, count);
+        } else {
+            const Rows ffn_rows = rows_at(layer.mlp.up, count, space_.rows);
+            pack_normed(before, x, ffn_rows);
+            team_.barrier();
+            const Rows inner_rows = feed(layer.mlp, ffn_rows, count);
+            multiply(layer.mlp.down, inner_rows, branch(layer, ends ? x : space_.fed, ends), scratch_, thread_,
+                     threads_);
+        }
         team_.barrier();
         if (ends) return;
         for (int r = thread_; r < count; r += threads_) {
@@ -314,27 +214,27 @@ class Step {
     }
 
     // The inner activations of the feed-forward, packed for `down`; ends with a barrier.
-    Rows feed(const KvpLayer& layer, const Rows& rows, int count) {
-        const Rows inner_rows = rows_at(layer.down, count, space_.inner_rows);
-        const int inner = layer.down.inputs;
-        const Activation activation = (Activation)layer.activation;
-        const bool gates = gates_in_product(layer), flows = flows_into_down(layer);
-        const int64_t stride = gates || !layer.gated ? inner : 2 * (int64_t)inner;
+    Rows feed(const KvpMlp& mlp, const Rows& rows, int count) {
+        const Rows inner_rows = rows_at(mlp.down, count, space_.inner_rows);
+        const int inner = mlp.down.inputs;
+        const Activation activation = (Activation)mlp.activation;
+        const bool gates = gates_in_product(mlp), flows = flows_into_down(mlp);
+        const int64_t stride = gates || !mlp.gated ? inner : 2 * (int64_t)inner;
         Target target;
         target.store = gates ? Store::gated : Store::set;
-        target.activation = gates || !layer.gated ? activation : Activation::none;
+        target.activation = gates || !mlp.gated ? activation : Activation::none;
         if (flows) {
             target.next = &inner_rows;
         } else {
             target.y = space_.inner;
             target.stride = stride;
         }
-        multiply(layer.up, rows, target, scratch_, thread_, threads_);
+        multiply(mlp.up, rows, target, scratch_, thread_, threads_);
         team_.barrier();
         if (flows) return inner_rows;
         for (int r = thread_; r < count; r += threads_) {
             float* const row = space_.inner + r * stride;
-            if (layer.gated && !gates) {
+            if (mlp.gated && !gates) {
                 activate(activation, row, inner);
                 for (int i = 0; i < inner; i++) row[i] *= row[inner + i];
             }
@@ -342,6 +242,67 @@ class Step {
         }
         team_.barrier();
         return inner_rows;
+    }
+
+    // A mixture of experts over a tile: its sum into `fed`. Experts follow each other by number, so a token's sum has
+    // one order whatever else is in the batch.
+    void mix(const KvpMixture& mixture, const KvpNorm& before, const float* x, int count) {
+        const int hidden = model_.hidden;
+        for (int r = thread_; r < count; r += threads_) {
+            float* const row = space_.normed + (int64_t)r * hidden;
+            if (before.kind == KVP_NO_NORM) memcpy(row, x + (int64_t)r * hidden, sizeof(float) * (size_t)hidden);
+            else normalise(before, before.weight, x + (int64_t)r * hidden, hidden, row);
+            memset(space_.fed + (int64_t)r * hidden, 0, sizeof(float) * (size_t)hidden);
+        }
+        project_normed(mixture.router, count, space_.scores, mixture.num_experts);
+        for (int r = thread_; r < count; r += threads_)
+            route(mixture, space_.scores + (int64_t)r * mixture.num_experts, r, space_.choices + r * mixture.top_k);
+        team_.barrier();
+        if (thread_ == 0)
+            sort_by_expert(mixture, space_.choices, count * mixture.top_k, space_.expert_starts, space_.by_expert);
+        team_.barrier();
+        for (int expert = 0; expert < mixture.num_experts; expert++) {
+            const int first = space_.expert_starts[expert], chosen = space_.expert_starts[expert + 1] - first;
+            if (chosen > 0) run_expert(mixture.experts[expert], space_.by_expert + first, chosen);
+        }
+        if (!mixture.has_shared) return;
+        if (mixture.has_shared_gate) project_normed(mixture.shared_gate, count, space_.gates, 1);
+        run_expert(mixture.shared, nullptr, count, mixture.has_shared_gate);
+    }
+
+    // y [count, outputs] of the mixture's input; begins and ends with a barrier.
+    void project_normed(const KvpLinear& linear, int count, float* y, int64_t stride) {
+        const Rows rows = rows_at(linear, count, space_.rows);
+        team_.barrier();
+        for (int r = thread_; r < count; r += threads_)
+            pack_row(rows, model_.hidden, r, space_.normed + (int64_t)r * model_.hidden);
+        team_.barrier();
+        Target target;
+        target.y = y;
+        target.stride = stride;
+        multiply(linear, rows, target, scratch_, thread_, threads_);
+        team_.barrier();
+    }
+
+    // One expert on the tokens that take it (null: all, with weight 1 or by their gate), added to `fed`; ends with a
+    // barrier.
+    void run_expert(const KvpMlp& expert, const Choice* chosen, int count, bool gated = false) {
+        const int64_t hidden = model_.hidden;
+        const Rows rows = rows_at(expert.up, count, space_.rows);
+        for (int i = thread_; i < count; i += threads_)
+            pack_row(rows, model_.hidden, i, space_.normed + (chosen ? chosen[i].row : i) * hidden);
+        team_.barrier();
+        const Rows inner_rows = feed(expert, rows, count);
+        Target target;
+        target.y = space_.expert_out;
+        target.stride = hidden;
+        multiply(expert.down, inner_rows, target, scratch_, thread_, threads_);
+        team_.barrier();
+        for (int i = thread_; i < count; i += threads_) {
+            const float weight = chosen ? chosen[i].weight : gated ? sigmoid(space_.gates[i]) : 1.0f;
+            join(space_.fed + (chosen ? chosen[i].row : i) * hidden, space_.expert_out + i * hidden, (int)hidden, weight);
+        }
+        team_.barrier();
     }
 
     Target branch(const KvpLayer& layer, float* y, bool joins) const {

@@ -65,7 +65,7 @@ void read_rows_job(void* argument, int thread, int threads) {
 
 void attend_job(void* argument, int thread, int threads) {
     const AttendJob& job = *(const AttendJob*)argument;
-    attend(*job.layer, job.memory + thread * job.bytes, *(std::atomic<int>*)job.next, thread, threads);
+    attend(*job.layer, job.memory + thread * job.bytes, job.shared, *(std::atomic<int>*)job.next, threads);
 }
 
 void write_kv_job(void* argument, int thread, int threads) {
@@ -96,9 +96,9 @@ constexpr const char* NAMES[] = {"portable", "avx2", "avx512", "avx512_bf16"};
 
 extern const Kernels kernels;
 const Kernels kernels = {
-    NAMES[KVP_ISA], pack_job,     linear_job,   read_rows_job,        attend_job, write_kv_job, step_job,
-    logits_job,     sample_job,   linear_bytes, attend_scratch_bytes, step_bytes, logits_bytes, block_bytes,
-    sample_scratch_bytes,
+    NAMES[KVP_ISA], pack_job,     linear_job,           read_rows_job,       attend_job, write_kv_job, step_job,
+    logits_job,     sample_job,   linear_bytes,         attend_scratch_bytes, attend_shared_bytes,
+    step_bytes,     logits_bytes, block_bytes,          sample_scratch_bytes,
 };
 
 }  // namespace KVP_NS

@@ -35,6 +35,7 @@ struct AttendJob {
     const KvpAttention* layer;
     char* memory;  // `bytes` a thread
     size_t bytes;
+    char* shared;
     void* next;  // std::atomic<int>, 0
 };
 
@@ -75,6 +76,7 @@ struct Kernels {
     Team::Job pack, linear, read_rows, attend, write_kv, step, logits, sample;
     size_t (*linear_bytes)(const KvpLinear&, int64_t rows, int threads);
     size_t (*attend_scratch)(const KvpAttention&);
+    size_t (*attend_shared)(int threads);
     size_t (*step_bytes)(const KvpModel&, const KvpStep&, int threads);
     size_t (*logits_bytes)(const KvpModel&, int64_t rows, int threads);
     size_t (*block_bytes)(int, int, int, int, int);

@@ -140,10 +140,11 @@ int kvp_read_rows(KvpContext* context, const KvpLinear* linear, int64_t rows, co
 
 int kvp_attend(KvpContext* context, const KvpAttention* layer) {
     const size_t bytes = (context->kernels->attend_scratch(*layer) + 4095) / 4096 * 4096;
-    char* const memory = context->workspace.at_least(bytes * context->team->size());
+    const int threads = context->team->size();
+    char* const memory = context->workspace.at_least(bytes * threads + context->kernels->attend_shared(threads));
     if (!memory) return KVP_NO_MEMORY;
     std::atomic<int> next{0};
-    AttendJob job = {layer, memory, bytes, &next};
+    AttendJob job = {layer, memory, bytes, memory + bytes * threads, &next};
     return run(context, context->kernels->attend, &job);
 }
 
