@@ -143,7 +143,8 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that stopped workers are ended too
     pythons = dict.fromkeys((*ENGINES, "probe"), sys.executable)
     pythons |= dict(pair.split("=", 1) for pair in given.python)
-    with open(given.log, "wb") if given.log else tempfile.NamedTemporaryFile(delete=False) as log:
+    path = given.log or Path(tempfile.mkstemp(suffix=".log")[1])
+    with path.open("wb") as log:
         say(f"what the engines print goes to {log.name}")
         setup = Setup(
             models=given.models.resolve(),

@@ -85,7 +85,8 @@ def scaled(name: str, document: dict[str, Any]) -> tuple[str, dict[Path, str]]:
 
 def pages() -> dict[Path, str]:
     """Every file that follows from the results, with its text."""
-    texts, files = [], {}
+    texts: list[str] = []
+    files: dict[Path, str] = {}
     for pattern, make in (("*-cpu.json", speeds), ("*-cpu-scaling.json", scaled)):
         found = newest(pattern)
         if found is not None:
