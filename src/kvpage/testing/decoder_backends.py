@@ -23,9 +23,9 @@ import torch
 from kvpage.api.attention import AttentionBackend, AttentionNeed
 from kvpage.api.decoder import DecoderBackend, Reasons
 from kvpage.api.model import CausalLM, DecoderEnv, DecoderSpec
-from kvpage.api.quant import WeightForm
+from kvpage.api.quant import Dense, LinearEnv, LinearKernel, WeightForm
 from kvpage.testing.comparing import require, require_close, require_equal
-from kvpage.testing.decoder_models import sample_specs, sample_weights
+from kvpage.testing.decoder_models import Packing, sample_specs, sample_weights
 from kvpage.testing.decoder_oracle import exact_hidden, exact_logits, exact_weights
 from kvpage.testing.decoder_rig import DecoderRig, Row
 from kvpage.testing.suite import ConformanceSuite, not_claimed
@@ -61,7 +61,7 @@ class DecoderBackendConformance(ConformanceSuite):
         return sample_specs(8 if dims is None or 8 in dims else min(dims))
 
     def axes(self) -> dict[str, Sequence[Any]]:
-        return {"model": list(self.specs()), "dtype": list(self.dtypes)}
+        return {"model": list(self.specs()), "dtype": list(self.dtypes), "packing": ["int8", "int4"]}
 
     def test_something_is_built(self) -> None:
         """At least one model is taken, and all of ``must_build``; what is refused is refused with reasons."""
@@ -165,7 +165,9 @@ class DecoderBackendConformance(ConformanceSuite):
             found.append(rig.step(decoder, rows, wanted=wanted))
         for row in (0, 1, 3):
             expected, got = found[0][row][-1:], found[1][row][-1:]
-            require_equal("wanted states", got, expected, HIDDEN, f"{model}, {dtype}: row {row} of 4, not all wanted")
+            require_equal(
+                "wanted states", got, expected, HIDDEN, f"{model}, {dtype}: row {row} of 4, not all wanted"
+            )
 
     def test_padding_writes_nothing(self, model: str) -> None:
         """Padding rows and tokens have slot -1: no block that nobody owns changes, and no row notices."""
@@ -194,6 +196,19 @@ class DecoderBackendConformance(ConformanceSuite):
         rig, decoder, weights = self._rig(model, self.dtypes[0], [12], merged=False)
         (hidden,) = rig.step(decoder, [Row(0, 0, 12)])
         self._check("weights in tensors of their own", rig, weights, 0, 0, hidden)
+
+    def test_packed_weights(self, model: str, dtype: str, packing: Packing) -> None:
+        """Linear layers, head and embedding in 8 and in 4 bits, where they are taken: against float64 of the values
+        that the codes stand for."""
+        rig, decoder, weights = self._rig(model, dtype, [14], packing=packing)
+        parts = [rig.step(decoder, [Row(0, 0, 13)])[0], rig.step(decoder, [Row(0, 13, 14)])[0]]
+        hidden = torch.cat(parts)
+        self._check(f"{packing} weights", rig, weights, 0, 0, hidden)
+        with torch.inference_mode():
+            logits = decoder.logits(hidden)
+        expected = exact_logits(rig.spec, exact_weights(weights), hidden.cpu().double())
+        allowed = self.tolerances.get(dtype, 0.25) * (1 + expected.abs())
+        require_close(f"logits of {packing} weights", logits, expected, allowed, ("row", "token id"), model)
 
     def test_two_models_side_by_side(self) -> None:
         """Models built by one backend object, stepped in turns, over caches of their own."""
@@ -235,7 +250,13 @@ class DecoderBackendConformance(ConformanceSuite):
         return 8 if sizes is None or 8 in sizes else min(sizes)
 
     def _rig(
-        self, name: str, dtype: str, lengths: Sequence[int], *, merged: bool = True
+        self,
+        name: str,
+        dtype: str,
+        lengths: Sequence[int],
+        *,
+        merged: bool = True,
+        packing: Packing = "plain",
     ) -> tuple[DecoderRig, CausalLM, dict[str, WeightForm]]:
         """A cache, the built model and its weights; skips where decoder or attention backend refuse it."""
         spec, caps = self.specs()[name], self.attention_backend.caps
@@ -259,7 +280,7 @@ class DecoderBackendConformance(ConformanceSuite):
         reasons = caps.missing(need)
         if reasons:
             not_claimed(f"{self.attention_backend.__name__} does not claim {'; '.join(reasons)}")
-        weights = self._weights(spec, dtype, merged=merged)
+        weights = self._weights(spec, dtype, merged=merged, packing=packing)
         model = self._build(spec, dtype, weights)
         if isinstance(model, Reasons):
             not_claimed(f"{self.decoder.__name__} refuses it: {'; '.join(model.texts)}")
@@ -271,15 +292,35 @@ class DecoderBackendConformance(ConformanceSuite):
     def _build(
         self, spec: DecoderSpec, dtype: str, weights: Mapping[str, WeightForm] | None = None
     ) -> CausalLM | Reasons:
-        env = DecoderEnv(device=self.device, dtype=dtype)
+        env = DecoderEnv(device=self.device, dtype=dtype, linear_kernels=(PackedProduct,))
         refused = self.decoder.refuses(spec, env)
         if refused:
             return Reasons(tuple(refused))
         given = self._weights(spec, dtype, merged=True) if weights is None else weights
         return self.decoder().build(spec, given, env)
 
-    def _weights(self, spec: DecoderSpec, dtype: str, *, merged: bool) -> dict[str, WeightForm]:
-        weights = sample_weights(spec, getattr(torch, dtype), merged=merged)
+    def _weights(
+        self, spec: DecoderSpec, dtype: str, *, merged: bool, packing: Packing = "plain"
+    ) -> dict[str, WeightForm]:
+        weights = sample_weights(spec, getattr(torch, dtype), merged=merged, packing=packing)
         if self.device == "cpu":
             return weights
         return {name: form.map(lambda tensor: tensor.to(self.device)) for name, form in weights.items()}
+
+
+class PackedProduct(LinearKernel):
+    """What a decoder may compute weights with that it has no kernel of its own for: their values, in float32."""
+
+    name = "values"
+
+    @classmethod
+    def supports(cls, form: WeightForm, env: LinearEnv) -> list[str]:
+        return ["plain weights"] if isinstance(form, Dense) else []
+
+    def prepare(self, form: WeightForm, bias: torch.Tensor | None) -> None:
+        self._weight = form.dequantize()
+        self._bias = None if bias is None else bias.float()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out = x.float() @ self._weight.t()
+        return (out if self._bias is None else out + self._bias).to(x.dtype)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from functools import partial
 from itertools import groupby
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import torch
 
@@ -24,13 +24,16 @@ from kvpage.api.model import (
     QKNormSpec,
     RopeSpec,
 )
-from kvpage.api.parameters import parameters
-from kvpage.api.quant import Dense, WeightForm
+from kvpage.api.parameters import Parameter, parameters
+from kvpage.api.quant import ChannelInt8, Dense, GroupedInt, WeightForm
 
 VOCAB, HIDDEN, LAYERS, CONTEXT = 61, 32, 3, 128
 NOTHING: Mapping[str, Any] = MappingProxyType({})
 RMS = NormSpec(kind="rms", eps=1e-5)
 LAYER_NORM = NormSpec(kind="layer", eps=1e-5, bias=True)
+Packing: TypeAlias = Literal["plain", "int8", "int4"]
+GROUP = 32
+"""Inputs that share a scale of packed weights."""
 
 
 def sample_specs(head_dim: int) -> dict[str, DecoderSpec]:
@@ -86,8 +89,13 @@ def sample_specs(head_dim: int) -> dict[str, DecoderSpec]:
     }  # fmt: skip
 
 
-def sample_weights(spec: DecoderSpec, dtype: torch.dtype, *, merged: bool) -> dict[str, WeightForm]:
-    """Random weights; ``merged``: parts of one block (q, k, v) lie one after another, as the loader puts them."""
+def sample_weights(
+    spec: DecoderSpec, dtype: torch.dtype, *, merged: bool, packing: Packing = "plain"
+) -> dict[str, WeightForm]:
+    """Random weights; ``merged``: parts of one block (q, k, v) lie one after another, as the loader puts them.
+
+    ``packing``: of linear layers (but routers and gates of shared experts) and the token embedding.
+    """
     generator = torch.Generator(device="cpu").manual_seed(0)
     weights: dict[str, WeightForm] = {}
     for _, members in groupby(parameters(spec), key=lambda parameter: parameter.block):
@@ -96,9 +104,40 @@ def sample_weights(spec: DecoderSpec, dtype: torch.dtype, *, merged: bool) -> di
         whole = torch.randn(rows, *block[0].shape[1:], generator=generator, device="cpu") * 0.2
         if block[0].kind == "norm" and not _adds_one(spec, block[0].name):
             whole = 1 + whole
-        for part, values in zip(block, whole.to(dtype).split([p.shape[0] for p in block]), strict=True):
-            weights[part.name] = Dense(values if merged else values.clone())
+        form = _packed(whole, packing) if _may_be_packed(block[0]) else None
+        form = Dense(whole.to(dtype)) if form is None else form
+        start = 0
+        for part in block:
+            stop = start + part.shape[0]
+            weights[part.name] = form.map(partial(_rows, start=start, stop=stop, copied=not merged))
+            start = stop
     return weights
+
+
+def _rows(tensor: torch.Tensor, *, start: int, stop: int, copied: bool) -> torch.Tensor:
+    rows = tensor[start:stop]
+    return rows.clone() if copied else rows
+
+
+def _may_be_packed(parameter: Parameter) -> bool:
+    name = parameter.name
+    small = ".router." in name or ".shared_gate." in name
+    return name == "embed.weight" or (parameter.kind == "linear" and not small)
+
+
+def _packed(weight: torch.Tensor, packing: Packing) -> WeightForm | None:
+    """float32 [out, in] in 8 bits, or in 4 with groups of ``GROUP`` inputs, of all where that does not divide them."""
+    if packing == "plain":
+        return None
+    if packing == "int8":
+        scales = weight.abs().amax(1) / 127
+        codes = (weight / scales.unsqueeze(1)).round().to(torch.int8)
+        return ChannelInt8(codes=codes, scales=scales)
+    group = weight.shape[1] if weight.shape[1] % GROUP else GROUP
+    groups = weight.unflatten(1, (-1, group))
+    steps = (groups.abs().amax(2) / 7).bfloat16()
+    q = (groups / steps.float().unsqueeze(2)).round().clamp(-8, 7).add(8).flatten(1).to(torch.uint8)
+    return GroupedInt(codes=q[:, 0::2] | q[:, 1::2] << 4, scales=steps, group=group)
 
 
 def _adds_one(spec: DecoderSpec, name: str) -> bool:
