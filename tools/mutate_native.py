@@ -79,8 +79,8 @@ BUGS = (
     Bug(
         "linear: int4 offsets are left out of integer products",
         "linear_kernels.h",
-        "if (work.offsets) sum = fma(x, group.offsets[n], sum);",
-        "",
+        "sum = fma(x, group.offsets[n], sum);",
+        ";",
     ),
     Bug("linear: dynamic codes leave their range", "linear_rows.cpp", "127.0f / range", "128.5f / range"),
     Bug(
@@ -100,14 +100,14 @@ BUGS = (
     Bug(
         "attention: sums are not rescaled when the largest score grows",
         "attention.cpp",
-        "sums = fma(sums, splat(factors[m]), sum);",
-        "sums = sums + sum;",
+        "sums[m] = fma(sums[m], splat(factors[m]), sum);",
+        "sums[m] = sums[m] + sum;",
     ),
     Bug(
         "attention: a split takes the last one's weight",
         "attention.cpp",
-        "__builtin_fmaf(weights, own, scratch_.total_weights[row] * past)",
-        "weights",
+        "__builtin_fmaf(part.weights[row], own, total.weights[row] * past)",
+        "part.weights[row]",
     ),
     Bug(
         "attention: slots that were never written are read",
@@ -117,9 +117,9 @@ BUGS = (
     ),
     Bug(
         "attention: the scales of int8 V are dropped",
-        "attention.cpp",
-        "weight = weight * load(scratch_.v_scales + key);",
-        ";",
+        "attention_softmax.h",
+        "if (v_scales) weight = weight * load(v_scales + key);",
+        "",
     ),
     Bug("attention: all heads read the first's queries", "attention.cpp", "unit_.head * group_ + row % group_) * layer_.q_head", "row % group_) * layer_.q_head"),
     Bug("attention: the sink has no share", "attention.cpp", "__builtin_fmaf(weights, share, power(sink - most))", "weights * share"),
