@@ -58,7 +58,7 @@ def speeds(name: str, document: dict[str, Any]) -> tuple[str, dict[Path, str]]:
         f"On {machine(document)}, {document['date']}, `benchmarks/results/{name}`: median [least-most] of "
         f"{max(cell['rounds'] for cell in found)} alternating rounds, tokens a second. Between the runs the machine read "
         f"{min(bandwidths):.0f}-{max(bandwidths):.0f} GB/s (`{reader['reader']}`), and torch {reader['torch']} made "
-        f"products at {products} GFLOP/s.",
+        f"products of (10^9 operations a second) {products}.",
         "",
         speed_table(found),
         "",

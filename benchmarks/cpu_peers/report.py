@@ -6,6 +6,7 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from cpu_peers.machine import QUIET
 from cpu_peers.workloads import WORKLOADS, Shape, Workload, bound, speed, workload
 
 TYPES = ("fp32", "bf16", "int8", "int4")
@@ -86,6 +87,8 @@ def speed_table(found: Sequence[Record]) -> str:
         ratio = None if best is None else best["kvpage_ratio"]
         texts.append("" if best is None or ratio is None else f"**{ratio:.2f}** ({best['engine']})")
         lines.append("| " + " | ".join(texts) + " |")
+    if any(cell["foreign"] >= QUIET for cell in found):
+        lines += ["", f"`*`: during one of the runs others used more than {QUIET:.0%} of the machine."]
     return "\n".join(lines)
 
 
@@ -126,7 +129,8 @@ def _start(record: Record, name: str) -> float:
 def _range(cell: Record | None) -> str:
     if cell is None:
         return ""
-    return f"{_number(cell['median'])} [{_number(cell['least'])}-{_number(cell['most'])}]"
+    mark = "*" if cell["foreign"] >= QUIET else ""
+    return f"{_number(cell['median'])} [{_number(cell['least'])}-{_number(cell['most'])}]{mark}"
 
 
 def _number(value: float) -> str:
