@@ -126,18 +126,17 @@ def _may_be_packed(parameter: Parameter) -> bool:
 
 
 def _packed(weight: torch.Tensor, packing: Packing) -> WeightForm | None:
-    """float32 [out, in] in 8 bits, or in 4 with groups of ``GROUP`` inputs, of all where that does not divide them."""
+    """float32 [out, in] in 8 bits, or in 4 with groups of ``GROUP`` inputs; in 8 where that does not divide them."""
     if packing == "plain":
         return None
-    if packing == "int8":
+    if packing == "int8" or weight.shape[1] % GROUP:
         scales = weight.abs().amax(1) / 127
         codes = (weight / scales.unsqueeze(1)).round().to(torch.int8)
         return ChannelInt8(codes=codes, scales=scales)
-    group = weight.shape[1] if weight.shape[1] % GROUP else GROUP
-    groups = weight.unflatten(1, (-1, group))
+    groups = weight.unflatten(1, (-1, GROUP))
     steps = (groups.abs().amax(2) / 7).bfloat16()
     q = (groups / steps.float().unsqueeze(2)).round().clamp(-8, 7).add(8).flatten(1).to(torch.uint8)
-    return GroupedInt(codes=q[:, 0::2] | q[:, 1::2] << 4, scales=steps, group=group)
+    return GroupedInt(codes=q[:, 0::2] | q[:, 1::2] << 4, scales=steps, group=GROUP)
 
 
 def _adds_one(spec: DecoderSpec, name: str) -> bool:
