@@ -60,8 +60,6 @@ def unfit_layers(spec: DecoderSpec) -> list[str]:
             continue
         for dim in {layer.mixer.head_dim, layer.mixer.v_head_dim} - HEAD_DIMS:
             reasons[f"head dim {dim} (has multiples of 8 up to {max(HEAD_DIMS)})"] = None
-        if not hasattr(layer.ffn, "gated"):
-            reasons["mixtures of experts (has plain feed-forward layers)"] = None
     return list(reasons)
 
 
@@ -101,9 +99,7 @@ class CpuModel:
         call.num_wanted = 0 if wanted is None else len(wanted)
         context = self._context
         context.check(
-            context.library.kvp_step(
-                context.handle, ctypes.byref(self._weights.struct), ctypes.byref(call)
-            )
+            context.library.kvp_step(context.handle, ctypes.byref(self._weights.struct), ctypes.byref(call))
         )
         return hidden
 

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Mapping, Sequence
-from typing import cast
 
 import torch
 
-from kvpage.api.model import AttentionSpec, DecoderEnv, DecoderSpec, LayerSpec, MLPSpec, NormSpec
+from kvpage.api.model import (
+    AttentionSpec,
+    DecoderEnv,
+    DecoderSpec,
+    LayerSpec,
+    MLPSpec,
+    MoESpec,
+    NormSpec,
+)
 from kvpage.api.quant import Dense, WeightForm
 from kvpage_cpu.native import Context
 from kvpage_cpu.packing import PLAIN, PackedLinear, merge, pack, why_not
@@ -18,6 +26,9 @@ from kvpage_cpu.structs import (
     NORM_HEAD,
     RMS,
     KvpLayer,
+    KvpLinear,
+    KvpMixture,
+    KvpMlp,
     KvpModel,
     KvpNorm,
 )
@@ -46,8 +57,22 @@ def unfit_weights(spec: DecoderSpec, weights: Mapping[str, WeightForm]) -> list[
 
 def _products(layer: LayerSpec) -> list[tuple[str, ...]]:
     """The names of what one product computes, below ``layers.i.``."""
-    gated = cast(MLPSpec, layer.ffn).gated
-    return [QKV, ("attention.out",), ("mlp.gate", "mlp.up") if gated else ("mlp.up",), ("mlp.down",)]
+    ffn = layer.ffn
+    found = [QKV, ("attention.out",)]
+    if isinstance(ffn, MLPSpec):
+        return found + _mlp_products(ffn, "mlp")
+    found.append(("moe.router",))
+    for expert in range(ffn.num_experts):
+        found += _mlp_products(ffn.expert, f"moe.experts.{expert}")
+    if ffn.shared is not None:
+        found += _mlp_products(ffn.shared, "moe.shared")
+        found += [("moe.shared_gate",)] if ffn.shared_gate else []
+    return found
+
+
+def _mlp_products(spec: MLPSpec, prefix: str) -> list[tuple[str, ...]]:
+    inner = (f"{prefix}.gate", f"{prefix}.up") if spec.gated else (f"{prefix}.up",)
+    return [inner, (f"{prefix}.down",)]
 
 
 def _alike(forms: Sequence[WeightForm]) -> bool:
@@ -69,6 +94,7 @@ class ModelWeights:
         self._context, self._weights = context, weights
         self._in_place = env.weights_owned
         self._tensors: list[torch.Tensor] = []
+        self._structs: list[object] = []
         self.layers = (KvpLayer * len(spec.layers))()
         self.struct = KvpModel(
             num_layers=len(spec.layers),
@@ -110,7 +136,7 @@ class ModelWeights:
 
     def _layer(self, struct: KvpLayer, layer: LayerSpec, prefix: str) -> None:
         mixer, ffn = layer.mixer, layer.ffn
-        assert isinstance(mixer, AttentionSpec) and isinstance(ffn, MLPSpec), "the backend refused others"
+        assert isinstance(mixer, AttentionSpec), "the backend refused others"
         for place in ("mixer_norm_before", "mixer_norm_after", "ffn_norm_before", "ffn_norm_after"):
             norm = self._norm(getattr(layer, place), f"{prefix}.{place}")
             setattr(struct, place.replace("_norm", ""), norm)
@@ -125,14 +151,59 @@ class ModelWeights:
             struct.k_norm = self._norm(mixer.qk_norm.norm, f"{prefix}.attention.k_norm")
         if mixer.sinks:
             struct.sinks = self._keep(self._vector(f"{prefix}.attention.sinks"))
-        struct.activation, struct.gated = ACTIVATIONS.index(ffn.activation), ffn.gated
         struct.parallel = layer.residual == "parallel"
         struct.multiplier = layer.residual_multiplier
-        biases = (mixer.qkv_bias, mixer.out_bias, ffn.bias, ffn.bias)
-        for field, names, biased in zip(("qkv", "out", "up", "down"), _products(layer), biases, strict=True):
-            setattr(struct, field, self._product([f"{prefix}.{name}" for name in names], biased))
+        struct.qkv = self._product([f"{prefix}.{name}" for name in QKV], mixer.qkv_bias)
+        struct.out = self._product([f"{prefix}.attention.out"], mixer.out_bias)
+        if isinstance(ffn, MLPSpec):
+            struct.mlp = self._mlp(ffn, f"{prefix}.mlp")
+        else:
+            mixture = self._mixture(ffn, f"{prefix}.moe")
+            self._structs.append(mixture)
+            struct.mixture = ctypes.pointer(mixture)
 
-    def _product(self, names: Sequence[str], biased: bool) -> object:
+    def _mlp(self, spec: MLPSpec, prefix: str) -> KvpMlp:
+        inner, down = _mlp_products(spec, prefix)
+        return KvpMlp(
+            up=self._product(inner, spec.bias),
+            down=self._product(down, spec.bias),
+            activation=ACTIVATIONS.index(spec.activation),
+            gated=spec.gated,
+        )
+
+    def _mixture(self, spec: MoESpec, prefix: str) -> KvpMixture:
+        experts = (KvpMlp * spec.num_experts)(
+            *(self._mlp(spec.expert, f"{prefix}.experts.{index}") for index in range(spec.num_experts))
+        )
+        self._structs.append(experts)
+        mixture = KvpMixture(
+            num_experts=spec.num_experts,
+            top_k=spec.top_k,
+            sigmoid=spec.score == "sigmoid",
+            renormalise=spec.renormalise,
+            scale=spec.scale,
+            experts=experts,
+            router=self._router(spec, f"{prefix}.router.weight"),
+        )
+        if spec.groups is not None:
+            mixture.groups, mixture.chosen_groups = spec.groups.count, spec.groups.chosen
+            mixture.best_two = spec.groups.score == "best_two"
+        if spec.correction:
+            mixture.correction = self._keep(self._vector(f"{prefix}.router.correction"))
+        if spec.shared is not None:
+            mixture.has_shared, mixture.shared = True, self._mlp(spec.shared, f"{prefix}.shared")
+            if spec.shared_gate:
+                mixture.has_shared_gate = True
+                mixture.shared_gate = self._product([f"{prefix}.shared_gate"], False)
+        return mixture
+
+    def _router(self, spec: MoESpec, name: str) -> KvpLinear:
+        form = self._weights[name]
+        if spec.float32_router:
+            form = Dense(form.dequantize())
+        return self._pack([form], None).struct
+
+    def _product(self, names: Sequence[str], biased: bool) -> KvpLinear:
         bias = torch.cat([self._vector(f"{name}.bias") for name in names]) if biased else None
         return self._pack([self._weights[f"{name}.weight"] for name in names], bias).struct
 

@@ -58,10 +58,16 @@ def merge(forms: Sequence[WeightForm]) -> WeightForm | None:
     if joined is not None:
         return joined
     if isinstance(first, Dense):
-        plain = [form.tensor for form in forms if isinstance(form, Dense) and form.tensor.dtype == first.tensor.dtype]
+        plain = [
+            form.tensor
+            for form in forms
+            if isinstance(form, Dense) and form.tensor.dtype == first.tensor.dtype
+        ]
         return Dense(torch.cat(plain)) if len(plain) == len(forms) else None
     if isinstance(first, ChannelInt8):
-        codes = [form for form in forms if isinstance(form, ChannelInt8) and form.activation == first.activation]
+        codes = [
+            form for form in forms if isinstance(form, ChannelInt8) and form.activation == first.activation
+        ]
         if len(codes) == len(forms):
             return replace(
                 first, codes=torch.cat([f.codes for f in codes]), scales=torch.cat([f.scales for f in codes])
@@ -152,7 +158,11 @@ def _aligned(size: int) -> torch.Tensor:
 def _padded_rows(values: torch.Tensor) -> torch.Tensor:
     """[N, ..] with zeros up to a multiple of ``PANEL`` rows."""
     missing = -len(values) % PANEL
-    return torch.cat((values, values.new_zeros((missing, *values.shape[1:])))) if missing else values.contiguous()
+    return (
+        torch.cat((values, values.new_zeros((missing, *values.shape[1:]))))
+        if missing
+        else values.contiguous()
+    )
 
 
 def _scale_panels(values: torch.Tensor) -> torch.Tensor:

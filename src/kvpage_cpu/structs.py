@@ -59,6 +59,30 @@ class KvpAttention(ctypes.Structure):
     )
 
 
+class KvpMlp(ctypes.Structure):
+    _fields_ = (("up", KvpLinear), ("down", KvpLinear), ("activation", c_int32), ("gated", c_int32))
+
+
+class KvpMixture(ctypes.Structure):
+    _fields_ = (
+        ("num_experts", c_int32),
+        ("top_k", c_int32),
+        ("sigmoid", c_int32),
+        ("renormalise", c_int32),
+        ("scale", c_float),
+        ("groups", c_int32),
+        ("chosen_groups", c_int32),
+        ("best_two", c_int32),
+        ("router", KvpLinear),
+        ("correction", c_void_p),
+        ("experts", POINTER(KvpMlp)),
+        ("has_shared", c_int32),
+        ("has_shared_gate", c_int32),
+        ("shared", KvpMlp),
+        ("shared_gate", KvpLinear),
+    )
+
+
 class KvpLayer(ctypes.Structure):
     _fields_ = (
         ("mixer_before", KvpNorm),
@@ -69,8 +93,8 @@ class KvpLayer(ctypes.Structure):
         ("k_norm", KvpNorm),
         ("qkv", KvpLinear),
         ("out", KvpLinear),
-        ("up", KvpLinear),
-        ("down", KvpLinear),
+        ("mlp", KvpMlp),
+        ("mixture", POINTER(KvpMixture)),
         ("heads", c_int32),
         ("kv_heads", c_int32),
         ("head_dim", c_int32),
@@ -83,8 +107,6 @@ class KvpLayer(ctypes.Structure):
         ("rotary_dim", c_int32),
         ("interleaved", c_int32),
         ("kv_group", c_int32),
-        ("activation", c_int32),
-        ("gated", c_int32),
         ("parallel", c_int32),
         ("multiplier", c_float),
     )

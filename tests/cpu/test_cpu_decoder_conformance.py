@@ -16,7 +16,7 @@ from kvpage_cpu.native import ISA_VARIABLE, ISAS, available_isas
 class CpuDecoderSuite(DecoderBackendConformance):
     decoder = CpuDecoder
     attention_backend = CpuAttention
-    must_build = tuple(name for name in sample_specs(8) if "expert" not in name)
+    must_build = tuple(sample_specs(8))
     isa = ISAS[0]
 
     @pytest.fixture(autouse=True)

@@ -25,8 +25,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "one after another": {"max_num_seqs": 1},
 }
 
-NOT_NATIVE = ("deepseek-v2", "deepseek-v3", "mixtral", "qwen2-moe", "qwen3-moe", "olmoe")
-"""Latent attention and mixtures of experts run in torch; all other families in the native backend."""
+NOT_NATIVE = ("deepseek-v2", "deepseek-v3")
+"""Latent attention runs in torch, all else in the native backend."""
 THOROUGH = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Gemma3ForCausalLM", "MixtralForCausalLM")
 """Each in all settings, with 64 tokens; what differs between families is told by fewer."""
 TELLING = ("in steps of 16 tokens", "in a pool so small that sequences are preempted")

@@ -71,13 +71,35 @@ typedef struct KvpAttention {
 enum { KVP_SILU = 0, KVP_GELU = 1, KVP_GELU_TANH = 2, KVP_RELU = 3, KVP_RELU2 = 4 };
 enum { KVP_NORM_OFF = 0, KVP_NORM_HEAD = 1, KVP_NORM_EACH_HEAD = 2, KVP_NORM_ALL = 3 };
 
+typedef struct KvpMlp {
+    KvpLinear up;              // outputs of the gate, then up, where gated
+    KvpLinear down;
+    int32_t activation;
+    int32_t gated;
+} KvpMlp;
+
+// A mixture of experts, as kvpage.api.model.MoESpec describes it.
+typedef struct KvpMixture {
+    int32_t num_experts, top_k;
+    int32_t sigmoid;           // scores are sigmoids of the router's logits, else their softmax
+    int32_t renormalise;
+    float scale;
+    int32_t groups, chosen_groups, best_two;  // groups 0 = all experts are one
+    KvpLinear router;
+    const float* correction;   // [num_experts] or null
+    const KvpMlp* experts;
+    int32_t has_shared, has_shared_gate;
+    KvpMlp shared;
+    KvpLinear shared_gate;     // one output
+} KvpMixture;
+
 // One decoder layer, as kvpage.api.model.LayerSpec describes it.
 typedef struct KvpLayer {
     KvpNorm mixer_before, mixer_after, ffn_before, ffn_after, q_norm, k_norm;
     KvpLinear qkv;             // outputs of q, then k, then v
     KvpLinear out;
-    KvpLinear up;              // outputs of the gate, then up, where gated
-    KvpLinear down;
+    KvpMlp mlp;
+    const KvpMixture* mixture; // in place of mlp, or null
     int32_t heads, kv_heads, head_dim, v_head_dim;
     int32_t qk_norm;           // what q_norm and k_norm are taken over
     int32_t window;            // as in KvpAttention, like the three below
@@ -86,8 +108,6 @@ typedef struct KvpLayer {
     int32_t rotary_dim;        // 0 = positions do not turn q and k
     int32_t interleaved;
     int32_t kv_group;
-    int32_t activation;
-    int32_t gated;
     int32_t parallel;          // residual: mixer and ffn read the same x
     float multiplier;          // of what joins the residual stream
 } KvpLayer;

@@ -1,7 +1,7 @@
 // Phases of a layer, each ended by a barrier of the team; T tokens in tiles of at most MAX_ROWS:
 //   every tile: norm and pack rows | q, k, v | norm, turn and store heads      then all tokens: attention
-//   every tile: pack rows | out | norm and pack rows | gate and up | down
-// (or router, then each expert). K and V of all tokens of a layer are written before any token attends. Rows are shared out by their number, panels of
+//   every tile: pack rows | out | norm and pack rows | gate and up | down      (or the router, then each expert so)
+// K and V of all tokens of a layer are written before any token attends. Rows are shared out by their number, panels of
 // a weight by the products themselves: neither changes a result. The last layer goes on only with wanted tokens.
 #include "decoder.h"
 

@@ -18,7 +18,7 @@ const Kernels* const KVP_KERNELS[KVP_NUM_ISAS] = {&kvp_portable::kernels, &kvp_a
 
 namespace {
 
-constexpr int ABI_VERSION = 1;
+constexpr int ABI_VERSION = 2;
 
 // Teams by their size, with how many contexts use each: two engines on the same cores take turns instead of spinning
 // against each other.
