@@ -32,7 +32,7 @@ class Rounder:
     __slots__ = ("_buffers",)
 
     def __init__(self) -> None:
-        self._buffers = torch.empty(3, 0)
+        self._buffers = torch.empty((3, 0), dtype=torch.float32, device="cpu")
 
     def channels(self, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """weight [out, in] -> int8 codes [out, in] and float32 scales [out]: an output's largest magnitude is 127.
