@@ -14,7 +14,8 @@ from kvpage.api.quant import WeightForm
 from kvpage.errors import KvpageError
 from kvpage_cpu.attention import HEAD_DIMS, kv_type_of
 from kvpage_cpu.model_weights import ModelWeights, unfit_weights
-from kvpage_cpu.native import Context, open_library
+from kvpage_cpu.native import open_library
+from kvpage_cpu.packing import context_for
 from kvpage_cpu.structs import KvpGroup, KvpStep
 
 DTYPES = ("float32", "bfloat16")
@@ -68,7 +69,7 @@ class CpuModel:
 
     def __init__(self, spec: DecoderSpec, weights: Mapping[str, WeightForm], env: DecoderEnv) -> None:
         self.spec = spec
-        self._context = Context()
+        self._context = context_for(weights.values(), env.dtype)
         self._weights = ModelWeights(self._context, spec, weights, env)
         count = len(spec.layers)
         self._places = [(mixer.kv_group, mixer.kv_index) for mixer in spec.attention]

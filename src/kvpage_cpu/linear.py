@@ -9,8 +9,8 @@ import torch
 
 from kvpage.api.quant import Dense, LinearEnv, LinearKernel, WeightForm
 from kvpage.errors import KvpageError
-from kvpage_cpu.native import Context, open_library
-from kvpage_cpu.packing import PLAIN, pack, why_not
+from kvpage_cpu.native import open_library
+from kvpage_cpu.packing import PLAIN, context_for, pack, why_not
 
 DTYPES = ("float32", "bfloat16")
 
@@ -37,7 +37,7 @@ class CpuLinear(LinearKernel):
         return reasons or why_not(form)
 
     def prepare(self, form: WeightForm, bias: torch.Tensor | None) -> None:
-        self._context = Context()
+        self._context = context_for([form], self.env.dtype)
         self._packed = pack(self._context, form, bias)
         self._outputs = form.shape[0]
 

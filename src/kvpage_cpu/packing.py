@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
 
 from kvpage.api.quant import ChannelInt8, Dense, GroupedInt, WeightForm
-from kvpage_cpu.native import Context
+from kvpage_cpu.native import Context, chosen_isa
 from kvpage_cpu.structs import BF16, F32, I4, I8, KvpLinear
 
 PANEL = 32
@@ -45,6 +45,19 @@ def why_not(form: WeightForm) -> list[str]:
     if not all(_is_bfloat16(tensor) for tensor in (form.scales, form.offsets) if tensor is not None):
         reasons.append("scales or offsets that bfloat16 cannot hold")
     return reasons
+
+
+def context_for(forms: Iterable[WeightForm], dtype: str) -> Context:
+    """A context of the chosen instruction set, or one that keeps x in float32 where the forms ask for that.
+
+    With BF16 instructions x becomes bfloat16 on its way to integer weights, which is not what a float32 model means by
+    weights alone being quantized.
+    """
+    isa = chosen_isa()[0]
+    exact = dtype == "float32" and any(
+        isinstance(form, (ChannelInt8, GroupedInt)) and form.activation == "none" for form in forms
+    )
+    return Context("avx512" if exact and isa == "avx512_bf16" else isa)
 
 
 def _is_bfloat16(tensor: torch.Tensor) -> bool:
