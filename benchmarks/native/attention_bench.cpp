@@ -121,8 +121,9 @@ static double worst_error(const Case& c, const std::vector<float>& out) {
                 std::vector<double> p, sum(s.v_dim, 0.0);
                 double most = s.sinks ? c.sinks[h] : -1e300, weights = 0.0;
                 for (int t = first; t <= at; t++) {
+                    const float* k = &c.k[i][((size_t)t * s.kv_heads + kv) * s.dim];
                     double x = 0.0;
-                    for (int d = 0; d < s.dim; d++) x += (double)q[d] * c.k[i][((size_t)t * s.kv_heads + kv) * s.dim + d];
+                    for (int d = 0; d < s.dim; d++) x += (double)q[d] * k[d];
                     x /= sqrt((double)s.dim);
                     p.push_back(s.softcap > 0.0f ? s.softcap * tanh(x / s.softcap) : x);
                     most = p.back() > most ? p.back() : most;

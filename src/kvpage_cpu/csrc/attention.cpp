@@ -49,8 +49,8 @@ class Attention {
 
   public:
     Attention(const KvpAttention& layer, char* memory)
-        : layer_(layer), shape_(layer), scratch_(layer, memory), group_(group_of(layer)), dim_(padded(layer.v_head_dim)),
-          elements_(layer.head_dim * LINE / Left<PAIRS>::LINE_VALUES),
+        : layer_(layer), shape_(layer), scratch_(layer, memory), group_(group_of(layer)),
+          dim_(padded(layer.v_head_dim)), elements_(layer.head_dim * LINE / Left<PAIRS>::LINE_VALUES),
           query_bytes_((elements_ + LINE - 1) / LINE * LINE * 4),
           key_stride_(KV_TYPE == KVP_I8 ? 4 * PIECE : shape_.step),
           scoring_{layer.scale, layer.softcap, KV_TYPE == KVP_I8 ? scratch_.k_scales : nullptr,
@@ -101,8 +101,10 @@ class Attention {
     char* queries(int block) const { return scratch_.queries + (int64_t)block_start(block) * query_bytes_; }
 
     // The keys that any of the rows [first, last) sees.
-    Range keys_of(int first, int last) const {
-        const int from = first_position_ + first / group_, to = first_position_ + (last - 1) / group_;
+    Range keys_of(int first, int last) const { return keys_of_queries(first / group_, (last - 1) / group_); }
+
+    Range keys_of_queries(int first, int last) const {
+        const int from = first_position_ + first, to = first_position_ + last;
         const int oldest = layer_.window > 0 && from >= layer_.window ? from - layer_.window + 1 : 0;
         return {oldest, to + 1};
     }
@@ -114,7 +116,8 @@ class Attention {
             const int row = first + m;
             const int64_t from = (first_token_ + row / group_) * layer_.q_token +
                                  ((int64_t)unit_.head * group_ + row % group_) * layer_.q_head;
-            const char* const ahead = (const char*)layer_.q + (from + 3 * layer_.q_token) * (layer_.io_type == KVP_F32 ? 4 : 2);
+            const int64_t third = from + 3 * layer_.q_token;  // of the queries that are read after this
+            const char* const ahead = (const char*)layer_.q + third * (layer_.io_type == KVP_F32 ? 4 : 2);
             for (int d = 0; d < layer_.head_dim; d += LINE) {
                 __builtin_prefetch(ahead + 4 * d);
                 const int line = d / Left<PAIRS>::LINE_VALUES, within = d % Left<PAIRS>::LINE_VALUES;
@@ -253,10 +256,13 @@ class Attention {
         const Scoring scoring = scoring_;
         const float factor = scoring.factor();
         float* const scores = scratch_.scores;
+        int query = first / group_, head = first % group_;
         for (int m = 0; m < rows; m++) {
-            const Range seen = keys_of(first + m, first + m + 1);
-            const float most = prepare_row(scoring, scores + m * TILE, from, to, seen.first - start, seen.last - start) * factor;
-            const float before = largest[m];
+            const Range seen = keys_of_queries(query, query);
+            if (++head == group_) head = 0, query++;
+            const float found =
+                prepare_row(scoring, scores + m * TILE, from, to, seen.first - start, seen.last - start);
+            const float before = largest[m], most = found * factor;
             const float after = most > before ? most : before;
             now[m] = after == NOTHING ? 0.0f : after;
             change[m] = before - now[m];

@@ -4,7 +4,7 @@
 
 namespace KVP_NS {
 
-constexpr float NOTHING = -__builtin_inff();  // the score of a key that is not seen, the largest of a row that sees none
+constexpr float NOTHING = -__builtin_inff();  // the score of a key that is not seen, the largest of a row of these
 constexpr float LOG2_E = 1.44269504f;
 
 typedef int32_t Lanes __attribute__((vector_size(sizeof(F))));
@@ -35,27 +35,34 @@ KVP_INLINE float largest_lane(F x) {
 #endif
 }
 
+// A polynomial for 2^r with 1 at r = 0: |r| <= 1/2, or with AVX-512 0 <= r <= 1.
+template <bool ROUGH>
+KVP_INLINE F power_of_fraction(F r) {
+#if KVP_ISA >= 2
+    constexpr float FINE[] = {1.86713063e-3f, 9.01702885e-3f, 5.57999164e-2f, 2.40164444e-1f, 6.93151295e-1f};
+    constexpr float FEWER[] = {1.34266885e-2f, 5.22424653e-2f, 2.41280213e-1f, 6.93044841e-1f};
+#else
+    constexpr float FINE[] = {1.3264731e-3f, 9.6715130e-3f, 5.5507336e-2f, 2.4022242e-1f, 6.9314700e-1f};
+    constexpr float FEWER[] = {9.5828129e-3f, 5.5906426e-2f, 2.4024099e-1f, 6.9312418e-1f};
+#endif
+    F y = splat(ROUGH ? FEWER[0] : FINE[0]);
+    KVP_UNROLL for (int i = 1; i < (ROUGH ? 4 : 5); i++) y = fma(y, r, splat(ROUGH ? FEWER[i] : FINE[i]));
+    return fma(y, r, splat(1.0f));
+}
+
 // 2^x for x up to about 0; exactly 1 at 0, exactly 0 at -inf, to 1e-7 relative (rough: 3e-6, less than bf16 sees).
 // Below 2^-126 it is some number below that.
 template <bool ROUGH>
 KVP_INLINE F power_of_two(F x) {
+#if KVP_ISA >= 2
+    return _mm512_scalef_ps(power_of_fraction<ROUGH>(_mm512_reduce_ps(x, 1)), x);  // x - floor(x); 0 where x is -inf
+#else
     const F magic = splat(12582912.0f);  // 1.5 * 2^23: the sum's last bits are x rounded to a whole number
     x = max(x, splat(-127.0f));
     const F shifted = x + magic;
-    const F r = x - (shifted - magic);
-    F y;
-    if (ROUGH) {
-        y = fma(splat(9.5828129e-3f), r, splat(5.5906426e-2f));
-        y = fma(y, r, splat(2.4024099e-1f));
-        y = fma(y, r, splat(6.9312418e-1f));
-    } else {
-        y = fma(splat(1.3264731e-3f), r, splat(9.6715130e-3f));
-        y = fma(y, r, splat(5.5507336e-2f));
-        y = fma(y, r, splat(2.4022242e-1f));
-        y = fma(y, r, splat(6.9314700e-1f));
-    }
-    y = fma(y, r, splat(1.0f));
+    const F y = power_of_fraction<ROUGH>(x - (shifted - magic));
     return as_float(add(as_int(y), shift_left(as_int(shifted), 23)));
+#endif
 }
 
 // y = cap * tanh(x / cap), with tanh |z| = (1 - e^-2|z|) / (1 + e^-2|z|)

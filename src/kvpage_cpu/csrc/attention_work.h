@@ -84,7 +84,8 @@ struct Unit {
 // here), a row's last queries first, then its heads.
 class Units {
   public:
-    explicit Units(const KvpAttention& layer) : layer_(layer), per_unit_(queries_of_unit(layer)), row_(layer.num_rows) {}
+    explicit Units(const KvpAttention& layer)
+        : layer_(layer), per_unit_(queries_of_unit(layer)), row_(layer.num_rows) {}
 
     // Unit number `index`, not below that of the call before; false after the last.
     bool find(int index, Unit& unit) {
