@@ -20,7 +20,7 @@ SCHEMES = {"int8": Int8, "int8-weight-only": Int8WeightOnly, "int4": Int4, "int4
 
 @functools.cache
 def grouped_weights() -> QuantSample:
-    """Inputs of which 128, 64, 32 or none of them is a divisor; more outputs than are rounded at once."""
+    """Inputs of which 128, 64, 32 or none of them is a divisor; many outputs and few."""
     generator = torch.Generator().manual_seed(1)
     specs = (
         linear("model.layers.0.self_attn.q_proj", 5, 640),
