@@ -12,7 +12,7 @@
 //   linear_bench pack                           speed of packing bf16 weights in place
 // KIND: f32 bf16 int8 int8d int4 int4d (d: dynamic int8 rows). Environment: THREADS, GROUP, PEAK (Gop/s of the kind, all
 // threads), BURST (ms), REPEATS, and for a machine that others use too PAUSE (ms before a burst; a process that slept is
-// not interrupted at once) and QUANTILE (percent; 50: medians, 0: the fastest).
+// not interrupted at once), QUANTILE (percent; 50: medians, 0: the fastest) and MB of weights (1: from the cache).
 #include <sys/mman.h>
 
 #include <algorithm>
@@ -23,7 +23,7 @@
 #include <cstring>
 #include <ctime>
 #include <functional>
-#include <map>
+#include <memory>
 #include <sstream>
 #include <string>
 #include <thread>
@@ -300,7 +300,7 @@ void time_product(const Kind& kind, int rows, int outputs, int inputs, Team& tea
     const int group = environment("GROUP", 128);
     const size_t bytes = (size_t)(outputs * (double)inputs * kind.bits / 8);
     const size_t scale_bytes = kind.type == KVP_I4 ? (size_t)outputs * (inputs / group) * 2 : 0;
-    const int copies = std::max(2, (int)(160e6 / (bytes + scale_bytes)));
+    const int copies = std::max(2, (int)(environment("MB", 160) * 1e6 / (double)(bytes + scale_bytes)));
     char* const weights = allocate(bytes * copies);
     for (size_t i = 0; i < bytes * copies; i++) weights[i] = (char)(kind.bits > 8 && i % 2 ? 0x3c : i * 37 & 63);
     char* const scales = allocate(std::max(scale_bytes * copies, (size_t)outputs * 4));
@@ -375,14 +375,14 @@ void time_packing(Team& team) {
 
 int main(int argc, char** argv) {
     const std::string command = argc > 1 ? argv[1] : "check";
-    Team& team = *Team::create(environment("THREADS", 2));
+    const std::unique_ptr<Team> made(Team::create(environment("THREADS", 2))), one(Team::create(1));
+    Team& team = *made;
     if (command == "check") {
-        Team& one = *Team::create(1);
         for (const Kind& kind : KINDS) {
             check_values(kind, team);
             check_targets(kind, team);
             check_in_place(kind, team);
-            check_bits(kind, one, team);
+            check_bits(kind, *one, team);
             printf(", targets, in place, bits of a row over 1..%d rows and 1, %d threads: ok\n", MAX_ROWS, team.size());
         }
     } else if (command == "gemm" && argc > 3) {

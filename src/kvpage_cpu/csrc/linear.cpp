@@ -87,7 +87,7 @@ void enter_block(Work& work, const Product& product, int block, int dwords, char
 
 // How far ahead of its use a streamed line is prefetched: few rows pass quickly, and then too far ahead costs most;
 // with more rows less of the panel is in flight in the processor itself.
-int lines_ahead(int rows) { return (rows <= 2 ? 2048 : rows <= 8 ? 8192 : 16384) / LINE; }
+int lines_ahead(int rows) { return (rows <= 2 ? 4096 : rows <= 8 ? 8192 : 16384) / LINE; }
 
 // One block whose tile is as wide as the panel: each line is read once, from memory.
 template <class Kind, int TALLEST>
