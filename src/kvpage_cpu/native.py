@@ -52,16 +52,18 @@ def _open(path: Path) -> ctypes.CDLL:
         )
     try:
         library = ctypes.CDLL(str(path))
+        version = library.kvp_abi_version()
+        if version != ABI_VERSION:
+            raise NativeLibraryError(
+                f"the native library {path} has ABI {version}, this code needs {ABI_VERSION}: build or install it again"
+            )
         for name, (result, arguments) in SIGNATURES.items():
             function = getattr(library, name)
             function.restype, function.argtypes = result, arguments
     except (OSError, AttributeError) as error:
-        raise NativeLibraryError(f"the native library {path} cannot be used: {error}") from error
-    version = library.kvp_abi_version()
-    if version != ABI_VERSION:
         raise NativeLibraryError(
-            f"the native library {path} has ABI {version}, this code needs {ABI_VERSION}: build or install it again"
-        )
+            f"the native library {path} cannot be used ({error}): build or install it again"
+        ) from error
     return library
 
 
