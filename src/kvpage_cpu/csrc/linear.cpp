@@ -1,15 +1,15 @@
 // Products of packed rows and packed weights.
 //
-// Threads take panels; a panel's sums run over all rows before the next. Where several blocks of rows use it, a panel
-// goes in chunks of K that stay in L1 while all blocks pass, and meanwhile the next chunk is prefetched. Where there is
-// one block only, the panel is streamed, prefetched a fixed distance ahead.
+// Threads take panels; a panel's sums run over all rows before the next. Where several blocks of rows use it,
+// a panel goes in chunks of K that stay in L1 while all blocks pass, and meanwhile the next chunk is
+// prefetched. Where there is one block only, the panel is streamed, prefetched a fixed distance ahead.
 #include "linear_activation.h"
 #include "linear_rows.h"
 
 namespace KVP_NS {
 namespace {
 
-constexpr int CHUNK_LINES = 128;             // 16 KB in L1; whole groups and pieces of every kind
+constexpr int CHUNK_LINES = 128;                      // 16 KB in L1; whole groups and pieces of every kind
 constexpr int TALLEST_DIRECT = KVP_ISA >= 2 ? 8 : 6;  // rows, above which expanding costs less than it saves
 constexpr size_t SUMS_BYTES = (size_t)MAX_ROWS * LINE;
 constexpr size_t EXPANDED_BYTES = (size_t)CHUNK_LINES * LINE;
@@ -29,13 +29,16 @@ struct Panel {
     const uint16_t *scales, *offsets;  // int4
 };
 
-int elements_of_dword(int type) { return type == KVP_F32 ? 1 : type == KVP_BF16 ? 2 : type == KVP_I8 ? 4 : 8; }
+int elements_of_dword(int type) {
+    return type == KVP_F32 ? 1 : type == KVP_BF16 ? 2 : type == KVP_I8 ? 4 : 8;
+}
 
 Panel panel_at(const Product& product, int index, int next) {
     const KvpLinear& linear = product.linear;
     const auto weights = [&](int panel) {
         const bool whole = panel < linear.outputs / PANEL;
-        return (const char*)(whole ? linear.panels : linear.tail) + (whole ? (size_t)panel * product.panel_lines * LINE : 0);
+        return (const char*)(whole ? linear.panels : linear.tail) +
+               (whole ? (size_t)panel * product.panel_lines * LINE : 0);
     };
     Panel panel{weights(index), weights(next), nullptr, nullptr};
     if (linear.type == KVP_I4) {
@@ -85,8 +88,8 @@ void enter_block(Work& work, const Product& product, int block, int dwords, char
     }
 }
 
-// How far ahead of its use a streamed line is prefetched: few rows pass quickly, and then too far ahead costs most;
-// with more rows less of the panel is in flight in the processor itself.
+// How far ahead of its use a streamed line is prefetched: few rows pass quickly, and then too far ahead costs
+// most; with more rows less of the panel is in flight in the processor itself.
 int lines_ahead(int rows) { return (rows <= 2 ? 4096 : rows <= 8 ? 8192 : 16384) / LINE; }
 
 // One block whose tile is as wide as the panel: each line is read once, from memory.
@@ -95,7 +98,8 @@ void stream_panel(const Product& product, const Panel& panel, char* sums) {
     const int lines = product.panel_lines;
     const bool on = panel.next == panel.weights + (size_t)lines * LINE;
     const int reach = lines_ahead(product.rows.count);
-    const int last = on || lines <= reach ? 0 : (lines - reach + 15) / 16 * 16;  // from here on `next` is prefetched
+    const int last =
+        on || lines <= reach ? 0 : (lines - reach + 15) / 16 * 16;  // from here on `next` is prefetched
     if (last > 0 || on) {
         Work work = work_at<Kind>(product, panel, 0, on ? lines : last);
         enter_block<Kind>(work, product, 0, 0, sums);
@@ -145,19 +149,17 @@ template <class Kind, int TALLEST>
 void sum_panel(const Product& product, const Panel& panel, char* sums) {
     if (product.blocks.count * tiles_of_panel(product.rows.count) == 1)
         stream_panel<Kind, TALLEST>(product, panel, sums);
-    else
-        pass_chunks<Kind, Kind, TALLEST, false>(product, panel, sums);
+    else pass_chunks<Kind, Kind, TALLEST, false>(product, panel, sums);
 }
 
-// Kinds that cost much to expand: in registers for few rows, once a chunk for more. The same products either way.
+// Kinds that cost much to expand: in registers for few rows, once a chunk for more. The same products either
+// way.
 template <class Kind, class Plain, int TALLEST>
 void sum_expanded_panel(const Product& product, const Panel& panel, char* sums) {
-    if (product.rows.count > TALLEST_DIRECT)
-        pass_chunks<Kind, Plain, TALLEST, true>(product, panel, sums);
+    if (product.rows.count > TALLEST_DIRECT) pass_chunks<Kind, Plain, TALLEST, true>(product, panel, sums);
     else if (tiles_of_panel(product.rows.count) == 1)
         stream_panel<Kind, TALLEST_DIRECT>(product, panel, sums);
-    else
-        pass_chunks<Kind, Kind, TALLEST_DIRECT, false>(product, panel, sums);
+    else pass_chunks<Kind, Kind, TALLEST_DIRECT, false>(product, panel, sums);
 }
 
 PanelSums panel_sums(const KvpLinear& linear, RowForm form) {
@@ -188,7 +190,8 @@ Finish finish_of(const Product& product, int panel) {
     const int column = panel * PANEL;
     float bias[PANEL] = {};
     if (linear.bias)
-        memcpy(bias, linear.bias + column, (linear.outputs - column < PANEL ? linear.outputs - column : PANEL) * sizeof(float));
+        memcpy(bias, linear.bias + column,
+               (linear.outputs - column < PANEL ? linear.outputs - column : PANEL) * sizeof(float));
     for (int n = 0; n < PANEL_VECTORS; n++) {
         finish.scales[n] = finish.scaled ? load((const float*)linear.scales + column + n * W) : splat(1.0f);
         finish.bias[n] = load(bias + n * W);
@@ -196,7 +199,8 @@ Finish finish_of(const Product& product, int panel) {
     return finish;
 }
 
-KVP_INLINE void finish_row(const Finish& finish, const Rows& rows, int row, const char* sums, F (&out)[PANEL_VECTORS]) {
+KVP_INLINE void finish_row(const Finish& finish, const Rows& rows, int row, const char* sums,
+                           F (&out)[PANEL_VECTORS]) {
     const char* const at = sums + (size_t)row * LINE;
     KVP_UNROLL for (int n = 0; n < PANEL_VECTORS; n++) {
         if (finish.integers) {  // weights are stored 128 too high
@@ -230,7 +234,8 @@ void pad_row(const Rows& next, const RowPieces& pieces, int row, int column) {
 }
 
 // All rows of a panel, or of a gating panel and the one it gates.
-void write_panel(const Product& product, const Target& target, int panel, const char* sums, const char* gated_sums) {
+void write_panel(const Product& product, const Target& target, int panel, const char* sums,
+                 const char* gated_sums) {
     const bool gated = target.store == Store::gated;
     const int outputs = gated ? product.linear.outputs / 2 : product.linear.outputs;
     const int column = panel * PANEL;
@@ -242,8 +247,10 @@ void write_panel(const Product& product, const Target& target, int panel, const 
     for (int row = 0; row < product.rows.count; row++) {
         F values[PANEL_VECTORS];
         finish_row(finish, product.rows, row, sums, values);
-        if (target.store != Store::add)
-            KVP_UNROLL for (int n = 0; n < PANEL_VECTORS; n++) values[n] = activated(target.activation, values[n]);
+        if (target.store != Store::add) {
+            KVP_UNROLL for (int n = 0; n < PANEL_VECTORS; n++)
+                values[n] = activated(target.activation, values[n]);
+        }
         if (gated) {
             F others[PANEL_VECTORS];
             finish_row(gated_finish, product.rows, row, gated_sums, others);
@@ -266,7 +273,8 @@ void write_panel(const Product& product, const Target& target, int panel, const 
 
 size_t multiply_scratch_bytes() { return 2 * SUMS_BYTES + EXPANDED_BYTES; }
 
-void multiply(const KvpLinear& linear, const Rows& rows, const Target& target, char* scratch, int thread, int threads) {
+void multiply(const KvpLinear& linear, const Rows& rows, const Target& target, char* scratch, int thread,
+              int threads) {
     if (rows.count == 0) return;
     char* const sums = scratch;
     char* const gated_sums = scratch + SUMS_BYTES;

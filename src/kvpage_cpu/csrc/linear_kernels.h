@@ -1,8 +1,9 @@
 // Micro-kernels of linear layers: a block of up to 14 rows times one panel, sums kept in registers.
 //
-// A line of a panel is 32 dwords, one of each output. A Kind says what a line holds: it expands to STEPS vectors of
-// weights, and each meets one dword of the rows (1 f32, 2 bf16, 2 s16 or 4 s8 values), which is broadcast.
-// Every sum runs along K alone and in order, so that tiles of any height give the same bits; integers are exact anyway.
+// A line of a panel is 32 dwords, one of each output. A Kind says what a line holds: it expands to STEPS
+// vectors of weights, and each meets one dword of the rows (1 f32, 2 bf16, 2 s16 or 4 s8 values), which is
+// broadcast. Every sum runs along K alone and in order, so that tiles of any height give the same bits;
+// integers are exact anyway.
 #pragma once
 #include "linear.h"
 
@@ -86,13 +87,17 @@ struct ShortProducts {
 
 struct DynamicInt8 : ShortProducts {
     static constexpr int STEPS = 2;  // even bytes, odd bytes
-    KVP_INLINE I weights(I line, int step) { return bit_and(shift_right(line, 8 * step), splat_int(0x00ff00ff)); }
+    KVP_INLINE I weights(I line, int step) {
+        return bit_and(shift_right(line, 8 * step), splat_int(0x00ff00ff));
+    }
 };
 
 struct DynamicInt4 : ShortProducts {
     static constexpr int STEPS = 4;
     static constexpr Scaling SCALING = Scaling::of_sums;
-    KVP_INLINE I weights(I line, int step) { return bit_and(shift_right(line, 4 * step), splat_int(0x000f000f)); }
+    KVP_INLINE I weights(I line, int step) {
+        return bit_and(shift_right(line, 4 * step), splat_int(0x000f000f));
+    }
 };
 
 #else
@@ -118,11 +123,12 @@ struct Int8 : PairProducts {
         return _mm512_mask_shuffle_epi8(high, 0x3333333333333333, low, bytes_of_dwords(2, 3));
     }
     KVP_INLINE I byte_as_float(I line, int index) {  // the mantissa of 2^23 + byte, less what is too much
-        const I bits =
-            _mm512_mask_shuffle_epi8(splat_int(0x4b000000), 0x1111111111111111, line, bytes_of_dwords(index, index));
+        const I bits = _mm512_mask_shuffle_epi8(splat_int(0x4b000000), 0x1111111111111111, line,
+                                                bytes_of_dwords(index, index));
         return as_int(as_float(bits) - splat(8388608.0f + 128.0f));
     }
-    KVP_INLINE I bytes_of_dwords(int first, int second) {  // a shuffle that takes these to the low half of each dword
+    // A shuffle that takes these bytes to the low half of each dword.
+    KVP_INLINE I bytes_of_dwords(int first, int second) {
         const int dword = first | second << 8;
         return _mm512_broadcast_i32x4(_mm_setr_epi32(dword, dword + 0x0404, dword + 0x0808, dword + 0x0c0c));
     }
@@ -134,8 +140,8 @@ struct Int4 : PairProducts {
     KVP_INLINE I weights(I line, int step) {
         // bf16 of q - 8 twice: the permutation looks at 5 bits, of which the upper belongs to the next code.
         const __m512i codes = _mm512_broadcast_i64x4(_mm256_setr_epi16(
-            (short)0xc100, (short)0xc0e0, (short)0xc0c0, (short)0xc0a0, (short)0xc080, (short)0xc040, (short)0xc000,
-            (short)0xbf80, 0, 0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0));
+            (short)0xc100, (short)0xc0e0, (short)0xc0c0, (short)0xc0a0, (short)0xc080, (short)0xc040,
+            (short)0xc000, (short)0xbf80, 0, 0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0));
         return _mm512_permutexvar_epi16(_mm512_srli_epi16(line, 4 * step), codes);
     }
 };
@@ -163,22 +169,22 @@ struct DynamicInt4 : ByteProducts {
 
 #endif
 
-// Some lines of a panel times a block of rows. `sums` is [height][PANEL] floats or integers, and goes on where it stands
-// unless `first`.
+// Some lines of a panel times a block of rows. `sums` is [height][PANEL] floats or integers, and goes on
+// where it stands unless `first`.
 struct Work {
     const char* x;        // [piece][height][PIECE]
     const char* weights;  // [lines][LINE]
     int lines;            // a multiple of 16, or of STEPS_AT_ONCE dwords of x where Kind has a scaling
     bool first;
     char* sums;
-    const char* ahead;    // prefetched: two cache lines every line,
-    int stride;           // this many bytes further on each time
+    const char* ahead;  // prefetched: two cache lines every line,
+    int stride;         // this many bytes further on each time
     // int4
-    int group_lines, num_groups;                 // num_groups: of a row, over the whole K
-    const uint16_t *scales, *offsets;            // [group][PANEL], offsets may be null
-    const float* row_scales;                     // of integers, [height][num_groups]
-    const int32_t* row_sums;                     // likewise
-    const float* piece_sums;                     // of bf16 rows, [height][num_pieces], where there are offsets
+    int group_lines, num_groups;       // num_groups: of a row, over the whole K
+    const uint16_t *scales, *offsets;  // [group][PANEL], offsets may be null
+    const float* row_scales;           // of integers, [height][num_groups]
+    const int32_t* row_sums;           // likewise
+    const float* piece_sums;           // of bf16 rows, [height][num_pieces], where there are offsets
     int num_pieces, group_pieces;
 };
 
@@ -243,8 +249,8 @@ KVP_INLINE void store_sum(char* p, I sum) { store_bits(p, sum); }
 
 // A group's sums of (q - 8) * x, or of q * x - 8 * sum(x) in integers, scaled and added to the rows'.
 template <bool OFFSETS, int HEIGHT, int NV>
-KVP_INLINE void add_group(float* total, const F (&sums)[HEIGHT][NV], const GroupScales<NV>& group, const Work& work,
-                          int index) {
+KVP_INLINE void add_group(float* total, const F (&sums)[HEIGHT][NV], const GroupScales<NV>& group,
+                          const Work& work, int index) {
     KVP_UNROLL for (int m = 0; m < HEIGHT; m++) {
         float x = 0.0f;
         if (OFFSETS)
@@ -259,8 +265,8 @@ KVP_INLINE void add_group(float* total, const F (&sums)[HEIGHT][NV], const Group
 }
 
 template <bool OFFSETS, int HEIGHT, int NV>
-KVP_INLINE void add_group(float* total, const I (&sums)[HEIGHT][NV], const GroupScales<NV>& group, const Work& work,
-                          int index) {
+KVP_INLINE void add_group(float* total, const I (&sums)[HEIGHT][NV], const GroupScales<NV>& group,
+                          const Work& work, int index) {
     KVP_UNROLL for (int m = 0; m < HEIGHT; m++) {
         const F scale = splat(work.row_scales[m * work.num_groups + index]);
         const F x = to_float(splat_int(work.row_sums[m * work.num_groups + index]));
@@ -275,7 +281,8 @@ KVP_INLINE void add_group(float* total, const I (&sums)[HEIGHT][NV], const Group
 template <class Kind, int NV>
 KVP_INLINE void begin_group(typename Kind::Sum (&sums)[NV], const Work& work, int row, int index) {
     KVP_UNROLL for (int n = 0; n < NV; n++) {
-        if constexpr (__is_same(typename Kind::Sum, I)) sums[n] = splat_int(-8 * work.row_sums[row * work.num_groups + index]);
+        if constexpr (__is_same(typename Kind::Sum, I))
+            sums[n] = splat_int(-8 * work.row_sums[row * work.num_groups + index]);
         else sums[n] = zero();
     }
 }
@@ -312,8 +319,9 @@ static void tile(const Work& work_of_all, int column, const char* ahead) {
     } else {
         add_lines<Kind, HEIGHT, NV>(sums, at, work.lines, work.stride, nullptr);
     }
-    KVP_UNROLL for (int m = 0; m < HEIGHT; m++) KVP_UNROLL for (int n = 0; n < NV; n++)
-        store_sum(total + m * LINE + n * W * 4, sums[m][n]);
+    KVP_UNROLL for (int m = 0; m < HEIGHT; m++) {
+        KVP_UNROLL for (int n = 0; n < NV; n++) store_sum(total + m * LINE + n * W * 4, sums[m][n]);
+    }
 }
 
 // Vectors of outputs that a tile of this height holds: 32 registers take 14 x 2, 16 registers 6 x 2 or 2 x 4.
@@ -331,14 +339,15 @@ static void add_block(int height, const Work& work) {
         tile<Kind, TALLEST, NV>(work, part * NV * W, work.ahead + (size_t)part * work.lines * work.stride);
 }
 
-// Lines as `Plain` lines: [line][step][PANEL] values, for kinds whose weights are cheaper to expand once than in every
-// block of rows.
+// Lines as `Plain` lines: [line][step][PANEL] values, for kinds whose weights are cheaper to expand once than
+// in every block of rows.
 template <class Kind>
 static void expand_lines(const Work& work, char* out) {
     GroupScales<PANEL_VECTORS> group;
     for (int line = 0; line < work.lines; line++) {
         if constexpr (Kind::SCALING == Scaling::of_weights)
-            if (line % work.group_lines == 0) load_scales<PANEL_VECTORS>(group, work, line / work.group_lines, 0);
+            if (line % work.group_lines == 0)
+                load_scales<PANEL_VECTORS>(group, work, line / work.group_lines, 0);
         KVP_UNROLL for (int n = 0; n < PANEL_VECTORS; n++) {
             const I bits = load_bits(work.weights + line * LINE + n * W * 4);
             KVP_UNROLL for (int step = 0; step < Kind::STEPS; step++) {

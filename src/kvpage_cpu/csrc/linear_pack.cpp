@@ -1,5 +1,5 @@
-// Weights between their plain form, rows of N outputs, and panels. Every type is a transposition of dwords: a row's d-th
-// dword becomes the panel's line d, in the row's column.
+// Weights between their plain form, rows of N outputs, and panels. Every type is a transposition of dwords: a
+// row's d-th dword becomes the panel's line d, in the row's column.
 #include "linear_kernels.h"
 
 namespace KVP_NS {
@@ -78,7 +78,8 @@ KVP_INLINE I exchange(I x, int shift, int32_t mask) {
 template <int TYPE>
 KVP_INLINE I packed_dword(I x) {
     if constexpr (TYPE == KVP_I8) return bit_xor(x, splat_int((int32_t)0x80808080));  // w + 128
-    if constexpr (TYPE == KVP_I4) return exchange(exchange(x, 4, 0x00f000f0), 8, 0x0000ff00);  // 0 2 4 6 1 3 5 7
+    if constexpr (TYPE == KVP_I4)
+        return exchange(exchange(x, 4, 0x00f000f0), 8, 0x0000ff00);  // 0 2 4 6 1 3 5 7
     return x;
 }
 
@@ -90,7 +91,8 @@ void transpose_rows(const char* rows, int64_t row_bytes, int dwords, char* panel
         for (int column = 0; column < PANEL; column += LANES) {
             I square[LANES];
             KVP_UNROLL for (int i = 0; i < LANES; i++)
-                square[i] = packed_dword<TYPE>(load_bits(rows + (column + i) * row_bytes + (int64_t)dword * 4));
+                square[i] =
+                    packed_dword<TYPE>(load_bits(rows + (column + i) * row_bytes + (int64_t)dword * 4));
             transpose(square);
             KVP_UNROLL for (int i = 0; i < LANES; i++)
                 store_bits(panel + (int64_t)(dword + i) * LINE + column * 4, square[i]);
@@ -127,13 +129,15 @@ void copy_rows(const KvpLinear& linear, const char* source, int64_t row_bytes, i
         }
         memcpy(scratch, source + row * row_bytes, bytes);
         memset(scratch + bytes, zeros, padded - bytes);
-        if (linear.type == KVP_I4 && linear.inputs % 2) scratch[bytes - 1] = (char)((scratch[bytes - 1] & 0x0f) | 0x80);
+        if (linear.type == KVP_I4 && linear.inputs % 2)
+            scratch[bytes - 1] = (char)((scratch[bytes - 1] & 0x0f) | 0x80);
     }
 }
 
 }  // namespace
 
-void pack_weight(const KvpLinear& linear, const char* source, int64_t row_bytes, char* scratch, int thread, int threads) {
+void pack_weight(const KvpLinear& linear, const char* source, int64_t row_bytes, char* scratch, int thread,
+                 int threads) {
     const int64_t padded = (int64_t)linear.padded * bits_of(linear.type) / 8;
     const int panels = (linear.outputs + PANEL - 1) / PANEL;
     const int end = (int)((int64_t)panels * (thread + 1) / threads);
@@ -141,7 +145,8 @@ void pack_weight(const KvpLinear& linear, const char* source, int64_t row_bytes,
         const int row = index * PANEL;
         const int rows = linear.outputs - row < PANEL ? linear.outputs - row : PANEL;
         const char* from = source + row * row_bytes;
-        char* const panel = rows == PANEL ? (char*)linear.panels + index * PANEL * padded : (char*)linear.tail;
+        char* const panel =
+            rows == PANEL ? (char*)linear.panels + index * PANEL * padded : (char*)linear.tail;
         int64_t step = row_bytes;
         if (source == linear.panels || rows < PANEL || linear.inputs < linear.padded) {
             copy_rows(linear, from, row_bytes, rows, scratch);
@@ -159,7 +164,8 @@ const char* row_at(const KvpLinear& linear, int row) {
     const int index = row / PANEL;
     const bool whole = index < linear.outputs / PANEL;
     const int64_t panel_bytes = (int64_t)linear.padded * bits_of(linear.type) / 8 * PANEL;
-    return (const char*)(whole ? linear.panels : linear.tail) + (whole ? index * panel_bytes : 0) + row % PANEL * 4;
+    return (const char*)(whole ? linear.panels : linear.tail) + (whole ? index * panel_bytes : 0) +
+           row % PANEL * 4;
 }
 
 KVP_INLINE uint32_t dword_at(const char* row, int index) {
@@ -194,7 +200,8 @@ void read_row(const KvpLinear& linear, int row, float* out) {
         const uint32_t dword = dword_at(dwords, column / of_dword);
         float values[4];
         if (linear.type == KVP_F32) memcpy(values, &dword, sizeof dword);
-        if (linear.type == KVP_BF16) values[0] = from_bf16((uint16_t)dword), values[1] = from_bf16((uint16_t)(dword >> 16));
+        if (linear.type == KVP_BF16)
+            values[0] = from_bf16((uint16_t)dword), values[1] = from_bf16((uint16_t)(dword >> 16));
         if (linear.type == KVP_I8)
             for (int i = 0; i < 4; i++) values[i] = (float)((int)(dword >> 8 * i & 255) - 128) * scale;
         for (int i = 0; i < of_dword && column + i < linear.inputs; i++) out[column + i] = values[i];

@@ -36,7 +36,8 @@ I store_codes(bool of_int4, char* out, const float* x, float inverse) {
         const I codes = to_int(load(x + i) * splat(inverse));
         __m128i bytes = _mm512_cvtepi32_epi8(codes);
         if (of_int4)
-            bytes = _mm_shuffle_epi8(bytes, _mm_setr_epi8(0, 4, 1, 5, 2, 6, 3, 7, 8, 12, 9, 13, 10, 14, 11, 15));
+            bytes =
+                _mm_shuffle_epi8(bytes, _mm_setr_epi8(0, 4, 1, 5, 2, 6, 3, 7, 8, 12, 9, 13, 10, 14, 11, 15));
         _mm_storeu_si128((__m128i*)(out + i), bytes);
         total = add(total, codes);
     }
@@ -45,7 +46,8 @@ I store_codes(bool of_int4, char* out, const float* x, float inverse) {
 
 #else
 
-// Codes of 32 columns as 16-bit integers: int8 lines hold the even and the odd two of each four, int4 lines pairs.
+// Codes of 32 columns as 16-bit integers: int8 lines hold the even and the odd two of each four, int4 lines
+// pairs.
 I store_codes(bool of_int4, char* out, const float* x, float inverse) {
     I total = splat_int(0);
     int32_t codes[32];
@@ -80,7 +82,8 @@ void pack_group(const Rows& rows, const RowPieces& pieces, int inputs, int colum
     const int piece_columns = columns_of_piece(rows.form);
     I total = splat_int(0);
     for (int at = column; at < column + count; at += 32) {
-        char* const out = pieces.data + at / piece_columns * pieces.step + at % piece_columns * (PIECE / piece_columns);
+        char* const out =
+            pieces.data + at / piece_columns * pieces.step + at % piece_columns * (PIECE / piece_columns);
         const float* columns = columns_at(x, inputs, at, padded);
         total = add(total, store_codes(rows.form == RowForm::s8_group, out, columns, inverse));
     }
@@ -129,7 +132,8 @@ void pack_row(const Rows& rows, int inputs, int row, const float* x) {
         const int groups = rows.columns / rows.group;
         for (int group = 0; group < groups; group++) {
             const size_t at = (size_t)row * groups + group;
-            pack_group(rows, pieces, inputs, group * rows.group, rows.group, x, rows.scales + at, rows.sums + at);
+            pack_group(rows, pieces, inputs, group * rows.group, rows.group, x, rows.scales + at,
+                       rows.sums + at);
         }
     } else {
         float padded[32];

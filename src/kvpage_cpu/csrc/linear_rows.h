@@ -13,7 +13,8 @@ KVP_INLINE constexpr int tallest(int type, RowForm form) {
 
 KVP_INLINE int columns_of_piece(RowForm form) {
     if (form == RowForm::f32) return PIECE / 4;
-    return form == RowForm::bf16 || KVP_ISA < 3 ? PIECE / 2 : PIECE;  // without VNNI s8 values are kept as 16 bits
+    return form == RowForm::bf16 || KVP_ISA < 3 ? PIECE / 2
+                                                : PIECE;  // without VNNI s8 values are kept as 16 bits
 }
 
 KVP_INLINE int pieces_of_row(const Rows& rows) {
@@ -51,12 +52,14 @@ KVP_INLINE RowPieces pieces_at(const Rows& rows, const Blocks& blocks, int block
 KVP_INLINE RowPieces pieces_of(const Rows& rows, int row) {
     const Blocks blocks = blocks_of(rows);
     const int in_taller = blocks.taller * (blocks.height + 1);
-    const int block = row < in_taller ? row / (blocks.height + 1) : blocks.taller + (row - in_taller) / blocks.height;
+    const int block =
+        row < in_taller ? row / (blocks.height + 1) : blocks.taller + (row - in_taller) / blocks.height;
     return pieces_at(rows, blocks, block, row - first_row(blocks, block));
 }
 
 // Columns [column, column + 32) of a row of form f32 or bf16.
-KVP_INLINE void store_columns(const Rows& rows, const RowPieces& pieces, int row, int column, const float* x) {
+KVP_INLINE void store_columns(const Rows& rows, const RowPieces& pieces, int row, int column,
+                              const float* x) {
     if (rows.form == RowForm::f32) {
         char* const data = pieces.data + (size_t)(column / 16) * pieces.step;
         memcpy(data, x, PIECE);
