@@ -1,20 +1,24 @@
-"""``kvpage plan``: will a model fit. Reads config.json and safetensors headers; loads no torch."""
+"""``kvpage plan``: will a model fit. Reads config.json and safetensors headers; loads no torch, but for a CPU: there the
+backends of this installation are asked how they lay KV out."""
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 
 from kvpage.cli.main import NO, OK
-from kvpage.config import EngineOptions, parse_size
+from kvpage.cli.signals import undivided
+from kvpage.config import EngineOptions, parse_size, resolve_dtype
 from kvpage.errors import ConfigError
 from kvpage.flags.engine import add_engine_flags, add_model_argument, chosen_model, engine_options
 from kvpage.flags.parser import CommandParser
 from kvpage.inspect.checkpoint import planned_model
 from kvpage.inspect.machine import available_memory, nvidia_gpus
-from kvpage.inspect.plan import Devices, plan_memory
-from kvpage.plugins import PluginRegistry
+from kvpage.inspect.plan import BlockLayout, Devices, Layouts, PlannedModel, plan_memory
+from kvpage.plugins import BackendChoice, PluginRegistry
 
 DESCRIPTION = """\
 Weights, KV bytes a token, blocks, how many sequences of what length fit; and which flag to turn where they do not.
@@ -28,20 +32,45 @@ def run(arguments: Sequence[str]) -> int:
     """The command."""
     parser = CommandParser("kvpage plan", DESCRIPTION, "[MODEL]")
     add_model_argument(parser)
-    devices = parser.add_argument_group("devices (default: those of this machine)")
-    devices.add_argument("--gpu", metavar="SIZE", help="memory of each GPU, such as 80GB or 80GiB")
-    devices.add_argument(
+    described = parser.add_argument_group("devices (default: those of this machine)")
+    described.add_argument("--gpu", metavar="SIZE", help="memory of each GPU, such as 80GB or 80GiB")
+    described.add_argument(
         "--memory", metavar="SIZE", help="memory of each device; with --device cpu, of the machine"
     )
-    devices.add_argument("-tp", "--tensor-parallel-size", dest="ranks", type=int, default=1, metavar="N",
+    described.add_argument("-tp", "--tensor-parallel-size", dest="ranks", type=int, default=1, metavar="N",
                          help="devices that the model is split over [1]")  # fmt: skip
     parser.add_argument("--json", action="store_true", help="every number, as JSON")
     add_engine_flags(parser, skip=("tensor_parallel_size",))
     namespace = parser.parse_arguments(arguments)
     options = EngineOptions(model=chosen_model(namespace), **engine_options(namespace))
-    plan = plan_memory(planned_model(options, PluginRegistry()), options, planned_devices(namespace, options))
+    registry, devices = PluginRegistry(), planned_devices(namespace, options)
+    model = planned_model(options, registry)
+    layouts = cpu_layouts(model, options, registry) if devices.kind == "cpu" else None
+    plan = plan_memory(model, options, devices, layouts)
     print(json.dumps(plan.to_dict(), indent=2) if namespace.json else plan.to_text())
     return OK if plan.fits else NO
+
+
+def cpu_layouts(model: PlannedModel, options: EngineOptions, registry: PluginRegistry) -> Layouts:
+    """KV blocks of the attention backend that an engine on this machine's CPU would choose."""
+    with undivided():  # torch, as the backends themselves
+        from kvpage.engine.attention import laid_out_facts
+        from kvpage.engine.backends import choose_backends
+
+    @functools.cache
+    def choice(dtype: str) -> BackendChoice:
+        return choose_backends(replace(options, dtype=dtype), registry, model.spec, "cpu", dtype).attention
+
+    def layout(turned: EngineOptions) -> BlockLayout:
+        dtype = resolve_dtype(turned, model.dtype)
+        chosen = choice(dtype)
+        groups = laid_out_facts(turned, model.spec, "cpu", dtype, chosen)
+        return BlockLayout(
+            block_size=chosen.block_size,
+            bytes_per_block=tuple(group.bytes_per_block or 0 for group in groups),
+        )
+
+    return layout
 
 
 def planned_devices(namespace: argparse.Namespace, options: EngineOptions) -> Devices:

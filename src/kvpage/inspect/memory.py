@@ -7,9 +7,9 @@ limits, KV memory) comes from ``kvpage.config``, the same functions that the eng
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from kvpage.api.model import DecoderSpec, MLPSpec
 from kvpage.config import (
@@ -42,6 +42,9 @@ COLLECTIVE_BUFFERS = 50_000_000
 CPU_RUNTIME = 350_000_000
 """Bytes of an interpreter with torch and a tokenizer loaded, and its allocator's slack."""
 
+DEFAULT_BLOCK_SIZE = 16
+"""Tokens of a block where no backend was asked."""
+
 SAMPLER_COPIES = 3
 """float32 matrices of the size of the logits that are alive at once: logits, probabilities, sort order."""
 
@@ -56,6 +59,18 @@ class Devices:
     kind: str
     memory: int
     count: int = 1
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BlockLayout:
+    """KV blocks as the attention backend of an engine has them: tokens of a block, and its bytes by KV group."""
+
+    block_size: int
+    bytes_per_block: tuple[int, ...]
+
+
+Layouts: TypeAlias = Callable[[EngineOptions], BlockLayout]
+"""What an engine with these options would have; ConfigError where no backend serves it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -194,8 +209,10 @@ def split_reasons(spec: DecoderSpec | FallbackSpec, ranks: int) -> list[str]:
     return sorted(set(reasons))
 
 
-def measure(model: PlannedModel, options: EngineOptions, devices: Devices) -> MemoryPlan:
-    """The plan without remedies.
+def measure(
+    model: PlannedModel, options: EngineOptions, devices: Devices, layouts: Layouts | None = None
+) -> MemoryPlan:
+    """The plan without remedies. ``layouts``: asked once, if given; else blocks are taken to hold K and V alone.
 
     Raises:
         ConfigError: options contradict the model, or its heads cannot be split over that many devices.
@@ -206,10 +223,13 @@ def measure(model: PlannedModel, options: EngineOptions, devices: Devices) -> Me
         possible = [str(n) for n in range(1, 65) if not split_reasons(spec, n)]
         raise ConfigError(f"-tp {ranks}: {'; '.join(reasons)}; possible are {', '.join(possible)}")
     options = _with_default_share(options, devices)
-    facts = _model_facts(model, ranks)
+    facts, preferred = _model_facts(model, ranks), DEFAULT_BLOCK_SIZE
+    if layouts is not None:
+        facts, preferred = _laid_out(facts, layouts(options), ranks)
     # First what does not depend on memory: it decides what weights and activations take.
     sized = replace(options, num_kv_blocks=options.num_kv_blocks or 1)
-    chosen = resolve(sized, facts, MachineFacts(device=devices.kind, available=0, total=devices.memory))
+    nothing_free = MachineFacts(device=devices.kind, available=0, total=devices.memory)
+    chosen = resolve(sized, facts, nothing_free, preferred)
     quantization = _quantization(model, options)
     weights = weigh(model, dtype=chosen.dtype, ranks=ranks, quantization=quantization)
     activations = activation_bytes(
@@ -220,7 +240,7 @@ def measure(model: PlannedModel, options: EngineOptions, devices: Devices) -> Me
     machine = MachineFacts(device=devices.kind, available=devices.memory - taken, total=devices.memory)
     kv_token = sum(group.bytes_per_token(chosen.kv_dtype) for group in facts.groups)
     total_kv_token = sum(group.bytes_per_token(chosen.kv_dtype) for group in _model_facts(model, 1).groups)
-    block_bytes = chosen.block_size * kv_token
+    block_bytes = sum(group.block_bytes(chosen.block_size, chosen.kv_dtype) for group in facts.groups)
     longest = _sequence_bytes(facts, chosen)
     left = chosen.kv_bytes
     if options.num_kv_blocks is None:
@@ -229,7 +249,7 @@ def measure(model: PlannedModel, options: EngineOptions, devices: Devices) -> Me
     # A pool has a null block, which holds nothing: two blocks are the least.
     missing = max(0, 2 * block_bytes - left, taken + max(left, 0) - usable)
     if not missing:
-        chosen = resolve(options, facts, machine)
+        chosen = resolve(options, facts, machine, preferred)
     lengths = sorted({length for length in LENGTHS if length < chosen.max_model_len} | {chosen.max_model_len})
     return MemoryPlan(
         model=model.name, family=spec.family, model_path=model.model_path, devices=devices,
@@ -259,6 +279,17 @@ def _model_facts(model: PlannedModel, ranks: int) -> ModelFacts:
         vectors = 2 * len(group.layers) * heads
         groups.append(GroupFacts(elements_per_token=elements, vectors_per_token=vectors, window=group.window))
     return ModelFacts(context=model.spec.max_position, dtype=model.dtype, groups=groups)
+
+
+def _laid_out(facts: ModelFacts, layout: BlockLayout, ranks: int) -> tuple[ModelFacts, int]:
+    """``facts`` with blocks of the layout's bytes, which are those of an undivided model; and its block size."""
+    if ranks > 1:
+        return facts, layout.block_size
+    groups = [
+        replace(group, bytes_per_block=size)
+        for group, size in zip(facts.groups, layout.bytes_per_block, strict=True)
+    ]
+    return replace(facts, groups=groups), layout.block_size
 
 
 def _quantization(model: PlannedModel, options: EngineOptions) -> Quantization | None:

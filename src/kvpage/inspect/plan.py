@@ -9,14 +9,23 @@ from typing import TYPE_CHECKING, Any
 
 from kvpage.api.model import DecoderSpec
 from kvpage.config import EngineOptions
-from kvpage.inspect.memory import Devices, MemoryPlan, Remedy, measure, split_reasons
+from kvpage.errors import ConfigError
+from kvpage.inspect.memory import (
+    BlockLayout,
+    Devices,
+    Layouts,
+    MemoryPlan,
+    Remedy,
+    measure,
+    split_reasons,
+)
 from kvpage.inspect.model_size import PlannedModel
 from kvpage.inspect.plan_text import readable_bytes
 
 if TYPE_CHECKING:
     from kvpage.models.fallback.spec import FallbackSpec
 
-__all__ = ["Devices", "MemoryPlan", "PlannedModel", "Remedy", "plan_memory"]
+__all__ = ["BlockLayout", "Devices", "Layouts", "MemoryPlan", "PlannedModel", "Remedy", "plan_memory"]
 
 GB = 10**9
 SHARES = (0.9, 0.92, 0.95, 0.97)
@@ -30,18 +39,22 @@ KV_STEP = 2**28
 """Bytes that a suggested KV memory is rounded up to."""
 
 
-def plan_memory(model: PlannedModel, options: EngineOptions, devices: Devices) -> MemoryPlan:
+def plan_memory(
+    model: PlannedModel, options: EngineOptions, devices: Devices, layouts: Layouts | None = None
+) -> MemoryPlan:
     """What ``model`` takes on ``devices`` with ``options``; where that is too much, what to turn.
 
-    ``devices.count`` takes the place of ``options.tensor_parallel_size``.
+    ``devices.count`` takes the place of ``options.tensor_parallel_size``. ``layouts``: the KV blocks of the engine that
+    is planned; without it a block holds 16 tokens, and K and V alone.
 
     Raises:
-        ConfigError: options contradict the model, or its heads cannot be split over that many devices.
+        ConfigError: options contradict the model, its heads cannot be split over that many devices, or ``layouts``
+            raises it.
     """
-    plan = measure(model, options, devices)
+    plan = measure(model, options, devices, layouts)
     if plan.holds_longest:
         return plan
-    return replace(plan, remedies=tuple(_remedies(model, options, devices, plan)))
+    return replace(plan, remedies=tuple(_remedies(model, options, devices, plan, layouts)))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,7 +67,7 @@ class _Change:
 
 
 def _remedies(
-    model: PlannedModel, options: EngineOptions, devices: Devices, plan: MemoryPlan
+    model: PlannedModel, options: EngineOptions, devices: Devices, plan: MemoryPlan, layouts: Layouts | None
 ) -> list[Remedy]:
     """The least change of each kind that works by itself: of the engine's flags, then of the hardware.
 
@@ -63,15 +76,12 @@ def _remedies(
 
     def first(candidates: Iterable[tuple[_Change, ...]]) -> Remedy | None:
         for changes in candidates:
-            trial = measure(
-                model,
-                replace(
-                    options, **{name: value for change in changes for name, value in change.options.items()}
-                ),
-                replace(
-                    devices, **{name: value for change in changes for name, value in change.devices.items()}
-                ),
-            )
+            turned = {name: value for change in changes for name, value in change.options.items()}
+            moved = {name: value for change in changes for name, value in change.devices.items()}
+            try:
+                trial = measure(model, replace(options, **turned), replace(devices, **moved), layouts)
+            except ConfigError:  # no engine takes it: no remedy
+                continue
             if trial.holds_longest:
                 return Remedy(flags=" ".join(change.flag for change in changes), effect=_effect(trial))
         return None
