@@ -19,6 +19,8 @@ from kvpage_cpu.native import (
     open_library,
 )
 
+TESTED = library_path()
+
 
 @pytest.fixture
 def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
@@ -28,11 +30,16 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return path
 
 
-def test_a_library_may_lie_elsewhere(elsewhere: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("KVPAGE_CPU_LIBRARY")
-    shutil.copy(library_path(), elsewhere)
-    monkeypatch.setenv("KVPAGE_CPU_LIBRARY", str(elsewhere))
-    assert open_library()._name == str(elsewhere)
+@pytest.fixture
+def copied(elsewhere: Path) -> Path:
+    """The same place, with a copy of the library that is being tested."""
+    shutil.copy(TESTED, elsewhere)
+    return elsewhere
+
+
+def test_a_library_may_lie_elsewhere(copied: Path) -> None:
+    assert open_library()._name == str(copied)
+    assert describe()[0].startswith(f"library: {copied} ")
 
 
 def test_a_missing_library_says_how_to_get_one(elsewhere: Path) -> None:
@@ -41,8 +48,7 @@ def test_a_missing_library_says_how_to_get_one(elsewhere: Path) -> None:
     assert describe()[0].startswith(f"unavailable: the native library {elsewhere} is not there")
 
 
-def test_a_library_of_another_version_is_refused(elsewhere: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    shutil.copy(Path(native.__file__).with_name(native.LIBRARY_NAME), elsewhere)
+def test_a_library_of_another_version_is_refused(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(native, "ABI_VERSION", 0)
     with pytest.raises(NativeLibraryError, match=r"this code needs 0: build or install it again"):
         open_library()
