@@ -13,10 +13,11 @@ from kvpage.api.attention import (
     AttentionCaps,
     AttentionEnv,
     AttentionLayer,
+    Rope,
 )
 from kvpage.api.kv import KVLayout
 from kvpage_cpu.native import Context
-from kvpage_cpu.structs import BF16, F32, I8, KvpAttention
+from kvpage_cpu.structs import BF16, F32, I8, KvpAttention, KvpRope
 
 HEAD_DIMS = frozenset(range(8, 513, 8))
 """Elements a head, of K and of V, that the kernels take."""
@@ -100,6 +101,46 @@ class CpuAttention(AttentionBackend):
                 batch.num_tokens,
             )
         )
+
+    def rope_write(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        positions: torch.Tensor,
+        rope: Rope | None,
+        kv: torch.Tensor,
+        batch: AttentionBatch,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rotates q and k in place."""
+        if rope is None or not (rope.cos.is_contiguous() and rope.sin.is_contiguous()):
+            return super().rope_write(q, k, v, positions, rope, kv, batch)
+        context, call = self._context, self._template
+        call.kv, call.q = kv.data_ptr(), q.data_ptr()
+        call.q_token, call.q_head = q.stride(0), q.stride(1)
+        turn = KvpRope(
+            cos=rope.cos.data_ptr(),
+            sin=rope.sin.data_ptr(),
+            positions=positions.data_ptr(),
+            rotary_dim=rope.rotary_dim,
+            interleaved=rope.interleaved,
+        )
+        context.check(
+            context.library.kvp_rope_write(
+                context.handle,
+                ctypes.byref(call),
+                ctypes.byref(turn),
+                k.data_ptr(),
+                k.stride(0),
+                k.stride(1),
+                v.data_ptr(),
+                v.stride(0),
+                v.stride(1),
+                batch.slot_mapping.data_ptr(),
+                batch.num_tokens,
+            )
+        )
+        return q, k
 
     def attend(
         self,

@@ -83,6 +83,16 @@ class KvpMixture(ctypes.Structure):
     )
 
 
+class KvpRope(ctypes.Structure):
+    _fields_ = (
+        ("cos", c_void_p),
+        ("sin", c_void_p),
+        ("positions", c_void_p),
+        ("rotary_dim", c_int32),
+        ("interleaved", c_int32),
+    )
+
+
 class KvpLayer(ctypes.Structure):
     _fields_ = (
         ("mixer_before", KvpNorm),
@@ -195,6 +205,22 @@ SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
         (
             c_void_p,
             POINTER(KvpAttention),
+            c_void_p,
+            c_int64,
+            c_int64,
+            c_void_p,
+            c_int64,
+            c_int64,
+            c_void_p,
+            c_int64,
+        ),
+    ),
+    "kvp_rope_write": (
+        c_int,
+        (
+            c_void_p,
+            POINTER(KvpAttention),
+            POINTER(KvpRope),
             c_void_p,
             c_int64,
             c_int64,

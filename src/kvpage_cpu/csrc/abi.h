@@ -192,6 +192,19 @@ KVP_EXPORT int kvp_attend(KvpContext* context, const KvpAttention* layer);
 KVP_EXPORT int kvp_write_kv(KvpContext* context, const KvpAttention* layer, const void* k, int64_t k_token,
                             int64_t k_head, const void* v, int64_t v_token, int64_t v_head, const int64_t* slots,
                             int64_t tokens);
+
+// Rotary tables: cos, sin [rows, rotary_dim / 2]; token i takes row positions[i]. Pairs (i, i + rotary_dim / 2) turn, or
+// (2i, 2i + 1) where interleaved.
+typedef struct KvpRope {
+    const float *cos, *sin;
+    const int64_t* positions;
+    int32_t rotary_dim, interleaved;
+} KvpRope;
+
+// kvp_write_kv after layer->q and k are turned in place, all tokens of them, in f32 and rounded once.
+KVP_EXPORT int kvp_rope_write(KvpContext* context, const KvpAttention* layer, const KvpRope* rope, void* k,
+                              int64_t k_token, int64_t k_head, const void* v, int64_t v_token, int64_t v_head,
+                              const int64_t* slots, int64_t tokens);
 KVP_EXPORT int64_t kvp_block_bytes(int32_t kv_type, int32_t kv_heads, int32_t head_dim, int32_t v_head_dim,
                                    int32_t block_size);
 

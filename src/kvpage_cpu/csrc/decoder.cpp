@@ -121,7 +121,8 @@ class Step {
             target.stride = layer.qkv.outputs;
             multiply(layer.qkv, rows, target, scratch_, thread_, threads_);
             team_.barrier();
-            for (int token = start + thread_; token < start + count; token += threads_) store_heads(index, token);
+            const int end = start + count * (thread_ + 1) / threads_;  // runs: neighbours share cache lines of K
+            for (int token = start + count * thread_ / threads_; token < end; token++) store_heads(index, token);
         }
     }
 

@@ -68,18 +68,40 @@ void attend_job(void* argument, int thread, int threads) {
     attend(*job.layer, job.memory + thread * job.bytes, job.shared, *(std::atomic<int>*)job.next, threads);
 }
 
+// One head of a token, turned in place; `values` has it afterwards, as it was rounded.
+void turn_head(const KvpRope& rope, int64_t token, char* head, int type, int dim, float* values) {
+    const int64_t row = rope.positions[token] * (rope.rotary_dim / 2);
+    read_plain(head, type, 0, dim, values);
+    rotate(values, rope.cos + row, rope.sin + row, rope.rotary_dim, rope.interleaved);
+    if (type == KVP_F32) {
+        memcpy(head, values, sizeof(float) * (size_t)dim);
+        return;
+    }
+    for (int i = 0; i < rope.rotary_dim; i++) {
+        ((uint16_t*)head)[i] = to_bf16(values[i]);
+        values[i] = from_bf16(((uint16_t*)head)[i]);
+    }
+}
+
+// Tokens in runs, one a thread: neighbours share cache lines of K.
 void write_kv_job(void* argument, int thread, int threads) {
     const WriteJob& job = *(const WriteJob*)argument;
     const KvpAttention& layer = *job.layer;
-    const int64_t size = layer.io_type == KVP_F32 ? 4 : 2;
+    const int type = layer.io_type;
+    const int64_t size = type == KVP_F32 ? 4 : 2, end = job.tokens * (thread + 1) / threads;
     alignas(64) float k[512], v[512];
-    for (int64_t token = thread; token < job.tokens; token += threads) {
-        if (job.slots[token] < 0) continue;
+    for (int64_t token = job.tokens * thread / threads; token < end; token++) {
+        for (int head = 0; job.rope && head < layer.heads; head++) {
+            char* const q = (char*)layer.q + (token * layer.q_token + head * layer.q_head) * size;
+            turn_head(*job.rope, token, q, type, layer.head_dim, k);
+        }
         for (int head = 0; head < layer.kv_heads; head++) {
-            const char* const from_k = (const char*)job.k + (token * job.k_token + head * job.k_head) * size;
+            char* const from_k = (char*)job.k + (token * job.k_token + head * job.k_head) * size;
             const char* const from_v = (const char*)job.v + (token * job.v_token + head * job.v_head) * size;
-            read_plain(from_k, layer.io_type, 0, layer.head_dim, k);
-            read_plain(from_v, layer.io_type, 0, layer.v_head_dim, v);
+            if (job.rope) turn_head(*job.rope, token, from_k, type, layer.head_dim, k);
+            if (job.slots[token] < 0) continue;
+            if (!job.rope) read_plain(from_k, type, 0, layer.head_dim, k);
+            read_plain(from_v, type, 0, layer.v_head_dim, v);
             write_head(layer, job.slots[token], head, k, v);
         }
     }

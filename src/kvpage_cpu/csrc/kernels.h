@@ -41,6 +41,7 @@ struct AttendJob {
 
 struct WriteJob {
     const KvpAttention* layer;
+    const KvpRope* rope;  // null: q and k stay as they are
     const void* k;
     int64_t k_token, k_head;
     const void* v;

@@ -150,7 +150,14 @@ int kvp_attend(KvpContext* context, const KvpAttention* layer) {
 
 int kvp_write_kv(KvpContext* context, const KvpAttention* layer, const void* k, int64_t k_token, int64_t k_head,
                  const void* v, int64_t v_token, int64_t v_head, const int64_t* slots, int64_t tokens) {
-    WriteJob job = {layer, k, k_token, k_head, v, v_token, v_head, slots, tokens};
+    WriteJob job = {layer, nullptr, k, k_token, k_head, v, v_token, v_head, slots, tokens};
+    return run(context, context->kernels->write_kv, &job);
+}
+
+int kvp_rope_write(KvpContext* context, const KvpAttention* layer, const KvpRope* rope, void* k, int64_t k_token,
+                   int64_t k_head, const void* v, int64_t v_token, int64_t v_head, const int64_t* slots,
+                   int64_t tokens) {
+    WriteJob job = {layer, rope, k, k_token, k_head, v, v_token, v_head, slots, tokens};
     return run(context, context->kernels->write_kv, &job);
 }
 
