@@ -75,7 +75,7 @@ class EngineOptions:
         num_kv_blocks: KV blocks, or
         kv_cache_memory: bytes for KV ("2GiB" too), or
         gpu_memory_utilization: share of a GPU's memory for weights and KV; not applicable on a CPU.
-        kv_cache_dtype: "auto" = the model's dtype.
+        kv_cache_dtype: "auto" = the model's dtype; "int8" where the attention backend has it.
         model_impl: "auto" = a model family of kvpage's where there is one, else transformers' own code with its
             attention in paged KV, slower; "kvpage" or "transformers" takes that path or refuses.
         attention_backend: name of a registered backend; ``None`` = the best that fits.

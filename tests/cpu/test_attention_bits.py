@@ -9,7 +9,7 @@ from kvpage.api.attention import AttentionBatch, AttentionEnv, AttentionLayer
 from kvpage_cpu.attention import CpuAttention
 
 LENGTH, CHUNK = 2600, 70
-HEADS, DIM, BLOCK = 4, 64, 32
+HEADS, DIM, BLOCK = 16, 64, 32
 
 
 def backend(kv_dtype: str, threads: int, monkeypatch: pytest.MonkeyPatch) -> CpuAttention:

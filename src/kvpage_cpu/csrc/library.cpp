@@ -72,6 +72,29 @@ int run(KvpContext* context, Team::Job job, void* argument) {
     return context->team->run(job, argument) ? 0 : KVP_FORKED;
 }
 
+// Work of some microseconds stays with the caller: to wake the others takes longer.
+int run_small(KvpContext* context, Team::Job job, void* argument, bool small) {
+    if (!small) return run(context, job, argument);
+    job(argument, 0, 1);
+    return 0;
+}
+
+constexpr int64_t SMALL_ATTENTION = 4000000;  // products, about 40 us
+constexpr int64_t SMALL_WRITE = 65536;        // numbers, about 10 us
+
+bool is_small(const KvpAttention& layer) {
+    const int64_t width = (int64_t)layer.heads * (layer.head_dim + layer.v_head_dim);
+    int64_t products = 0;
+    for (int row = 0; row < layer.num_rows && products < SMALL_ATTENTION; row++)
+        products += width * layer.seq_lens[row] * (layer.cu_seqlens[row + 1] - layer.cu_seqlens[row]);
+    return products < SMALL_ATTENTION;
+}
+
+bool is_small(const WriteJob& job) {
+    const KvpAttention& layer = *job.layer;
+    return job.tokens * (layer.heads + 2 * layer.kv_heads) * layer.head_dim < SMALL_WRITE;
+}
+
 }  // namespace
 
 int kvp_abi_version(void) { return ABI_VERSION; }
@@ -145,20 +168,20 @@ int kvp_attend(KvpContext* context, const KvpAttention* layer) {
     if (!memory) return KVP_NO_MEMORY;
     std::atomic<int> next{0};
     AttendJob job = {layer, memory, bytes, memory + bytes * threads, &next};
-    return run(context, context->kernels->attend, &job);
+    return run_small(context, context->kernels->attend, &job, is_small(*layer));
 }
 
 int kvp_write_kv(KvpContext* context, const KvpAttention* layer, const void* k, int64_t k_token, int64_t k_head,
                  const void* v, int64_t v_token, int64_t v_head, const int64_t* slots, int64_t tokens) {
     WriteJob job = {layer, nullptr, k, k_token, k_head, v, v_token, v_head, slots, tokens};
-    return run(context, context->kernels->write_kv, &job);
+    return run_small(context, context->kernels->write_kv, &job, is_small(job));
 }
 
 int kvp_rope_write(KvpContext* context, const KvpAttention* layer, const KvpRope* rope, void* k, int64_t k_token,
                    int64_t k_head, const void* v, int64_t v_token, int64_t v_head, const int64_t* slots,
                    int64_t tokens) {
     WriteJob job = {layer, rope, k, k_token, k_head, v, v_token, v_head, slots, tokens};
-    return run(context, context->kernels->write_kv, &job);
+    return run_small(context, context->kernels->write_kv, &job, is_small(job));
 }
 
 int64_t kvp_block_bytes(int32_t kv_type, int32_t kv_heads, int32_t head_dim, int32_t v_head_dim, int32_t block_size) {
