@@ -273,7 +273,7 @@ def test_log_stats_write_a_line_only_when_asked(
         ({"kv_cache_memory": 100}, "hold no block"),
         ({"kv_cache_memory": "900000TiB"}, "does not fit into memory"),
         ({"kv_cache_dtype": "int3"}, "int3"),
-        ({"kv_cache_dtype": "int8"}, "int8"),
+        ({"kv_cache_dtype": "int8", "attention_backend": "reference"}, "KV dtype int8 (has only the dtype of"),
         ({"attention_backend": "nope"}, "'nope' is not registered"),
         ({"scheduling_policy": "random"}, "random"),
         ({"long_prefill_token_threshold": -1}, "long_prefill_token_threshold must be at least 0"),
