@@ -202,7 +202,8 @@ def test_inspect_prints_the_map_and_draws_it(
     checkpoint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     picture = tmp_path / "map.svg"
-    assert main(["inspect", checkpoint, *QUIET, "--step", "3", "--svg", str(picture)]) == 0
+    blocks = ("--block-size", "16")  # of the shared prefix, two whole ones
+    assert main(["inspect", checkpoint, *QUIET, *blocks, "--step", "3", "--svg", str(picture)]) == 0
     out = capsys.readouterr().out
     assert "2 forks" in out
     assert "2 shared" in out
@@ -226,7 +227,8 @@ def test_inspect_gives_the_same_as_json(checkpoint: str, capsys: pytest.CaptureF
 def test_inspect_counts_in_words(
     checkpoint: str, blocks: str, words: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["inspect", checkpoint, *QUIET, "--num-kv-blocks", blocks, "--requests", "2"]) == 0
+    flags = ("--block-size", "16", "--num-kv-blocks", blocks, "--requests", "2")
+    assert main(["inspect", checkpoint, *QUIET, *flags]) == 0
     assert words in capsys.readouterr().out
 
 

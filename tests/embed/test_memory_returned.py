@@ -15,7 +15,7 @@ MIB = 2**20
 folder = write_checkpoint(Path(sys.argv[1]), vocab_size=100_000, hidden_size=64, num_attention_heads=8,
                           num_key_value_heads=8, head_dim=128, num_hidden_layers=4)
 params = SamplingParams(max_tokens=2, ignore_eos=True)
-options = {"kv_cache_memory": 64 * MIB, "max_num_batched_tokens": 512, "max_model_len": 512}
+options = {"kv_cache_memory": 96 * MIB, "max_num_batched_tokens": 512, "max_model_len": 512}
 
 def sizes():
     fields = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines() if ":" in line)

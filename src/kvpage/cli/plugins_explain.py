@@ -106,8 +106,13 @@ def _others(
 
 
 def _attention(registry: PluginRegistry, backends: Backends) -> Explained:
-    choice = backends.attention
-    after = f"{choice.record.name} was {'named' if choice.why == 'given' else 'found first'}"
+    choice, decoder = backends.attention, backends.decoder
+    if choice.why == "given":
+        after = f"{choice.record.name} was named"
+    elif decoder is not None and decoder.backend.attention is not None:
+        after = f"decoder backend {decoder.record.name} works with {choice.record.name}"
+    else:
+        after = f"{choice.record.name} was found first"
     others = _others(registry.attention_backends(), choice.record.name, choice.rejected, after)
     return Explained(
         "attention backend", choice.record.name, f"{choice.why} (priority {choice.record.priority})", others

@@ -43,7 +43,7 @@ class BackendChoice:
     """The attention backend that was chosen, and why each one before it in the order was not.
 
     Attributes:
-        why: "given", "by priority", "chosen by plugin ...".
+        why: "given", "by priority", "by plugin ...", "with decoder backend ...".
         ignored: what plugins answered when asked which to take, and why that was not followed.
         broken: those of ``rejected`` that are defective, where others merely lack what is needed.
     """
@@ -320,6 +320,8 @@ def choose_decoder(
             elif chosen is None:
                 try:
                     chosen = choose(paired)
+                    if attention is None:
+                        chosen = replace(chosen, why=f"with decoder backend {record.name}")
                 except (ConfigError, PluginError) as error:
                     reasons = [
                         f"its attention backend {paired} does not serve: {' '.join(str(error).split())}"
