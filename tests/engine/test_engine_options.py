@@ -295,5 +295,5 @@ def test_a_wrong_option_is_named_with_its_limit(tiny: Path, options: dict[str, A
 
 
 def test_a_backend_without_kv_in_int8_refuses_it(tiny: Path) -> None:
-    with pytest.raises(ConfigError, match="reference: KV dtype int8 .has only the dtype of the model"):
+    with pytest.raises(ConfigError, match=r"reference: KV dtype int8 .has only the dtype of the model"):
         Engine(tiny, kv_cache_dtype="int8", attention_backend="reference")
