@@ -21,7 +21,8 @@ LIBRARY_VARIABLE = "KVPAGE_CPU_LIBRARY"
 LIBRARY_NAME = "libkvpage_cpu.so"
 FAULTS = {
     1: "there is no memory for its workspace: lower max_num_batched_tokens",
-    2: "the process was forked after the engine was made, and its threads stayed behind: make the engine in the child",
+    2: "the process was forked after the engine was made, and its threads stayed behind: start the child by spawn "
+    "(torch's own threads do not outlive a fork either) and make its engine there",
 }
 
 
