@@ -23,7 +23,8 @@ KVP_INLINE I broadcast_bits(const char* x) {
     return splat_int(value);
 }
 
-KVP_INLINE void prefetch(const char* address) { __builtin_prefetch(address, 0, 3); }
+// Not for the outer caches: weights pass once a step, and would drive out all that the host and the next layer need.
+KVP_INLINE void prefetch(const char* address) { __builtin_prefetch(address, 0, 0); }
 
 struct FloatProducts {
     using Sum = F;
