@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import functools
 import json
+import logging
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -59,7 +60,8 @@ def cpu_layouts(model: PlannedModel, options: EngineOptions, registry: PluginReg
 
     @functools.cache
     def choice(dtype: str) -> BackendChoice:
-        return choose_backends(replace(options, dtype=dtype), registry, model.spec, "cpu", dtype).attention
+        asked = replace(options, dtype=dtype)
+        return choose_backends(asked, registry, model.spec, "cpu", dtype, logging.DEBUG).attention
 
     def layout(turned: EngineOptions) -> BlockLayout:
         dtype = resolve_dtype(turned, model.dtype)

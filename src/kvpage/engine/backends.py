@@ -58,9 +58,16 @@ def _log(kind: str, rejected: Rejected, broken: Collection[str], level: int) -> 
 
 
 def choose_backends(
-    options: EngineOptions, registry: PluginRegistry, spec: PagedModelSpec, device: str, dtype: str
+    options: EngineOptions,
+    registry: PluginRegistry,
+    spec: PagedModelSpec,
+    device: str,
+    dtype: str,
+    level: int = logging.INFO,
 ) -> Backends:
     """Attention backend, decoder backend, linear kernels and sampling kernel for a model.
+
+    ``level``: at which the log hears of those that were passed over.
 
     Raises:
         ConfigError: a backend that ``options`` name is unknown or cannot serve, or none is left.
@@ -73,7 +80,7 @@ def choose_backends(
     log = KernelLog(kernels)
     env = DecoderEnv(device=device, dtype=dtype, linear_kernels=tuple(kernels.values()), on_linear=log.note)
     sampling = choose_sampling(registry.sampling_kernels(), SamplingEnv(device, spec.vocab_size))
-    _log("sampling kernel", sampling.rejected, sampling.broken, logging.INFO)
+    _log("sampling kernel", sampling.rejected, sampling.broken, level)
     trial = attention_trial(options, spec, device, dtype)
     if isinstance(spec, DecoderSpec):
         decoder = registry.select_decoder(
@@ -84,7 +91,7 @@ def choose_backends(
             attention_backend=options.attention_backend,
             trial=trial,
         )
-        _log("decoder backend", decoder.rejected, decoder.broken, logging.INFO)
+        _log("decoder backend", decoder.rejected, decoder.broken, level)
         backends = Backends(decoder.attention, decoder, env, log, sampling)
     elif options.decoder_backend is not None:
         raise ConfigError(

@@ -215,7 +215,8 @@ def choose_attention(
                     f"attention_backend={explicit!r} cannot be used: {reason}; leave it out to take another"
                 ) from error
             found, reasons = None, [reason]
-            if not unavailable(record):
+            # What says in kvpage's own terms why it cannot be made here is no defect: a library that was not built.
+            if not unavailable(record) and not isinstance(error.__cause__, KvpageError):
                 broken.add(record.name)
         if found is None or reasons:
             rejected.append((record.name, tuple(reasons)))
