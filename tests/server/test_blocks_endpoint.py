@@ -27,7 +27,9 @@ LONG = SamplingParams(max_tokens=200, ignore_eos=True, n=2)
 
 @pytest.fixture(scope="module")
 def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[AsyncEngine]:
-    engine = AsyncEngine(write_checkpoint(tmp_path_factory.mktemp("models") / "tiny"), num_kv_blocks=TOTAL)
+    engine = AsyncEngine(
+        write_checkpoint(tmp_path_factory.mktemp("models") / "tiny"), num_kv_blocks=TOTAL, block_size=16
+    )
     yield engine
     engine.close()
 

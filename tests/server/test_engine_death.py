@@ -83,7 +83,7 @@ def test_a_step_that_fails_ends_every_open_request_and_then_the_process(
     tiny: Path, flags: tuple[str, ...]
 ) -> None:
     command = [sys.executable, "-c", DYING, str(tiny), "--port", "0", "--num-kv-blocks", "64", *flags]
-    command += ["--shutdown-timeout", "5"]
+    command += ["--attention-backend", "reference", "--shutdown-timeout", "5"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
         try:
             assert process.stdout is not None
