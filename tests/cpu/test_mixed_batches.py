@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_checkpoint import write_checkpoint
 
 from kvpage import Engine, SamplingParams
 from kvpage.outputs import RequestOutput
+from tiny_checkpoint import write_checkpoint
 
 MIXED_STEPS = 1000
 """Steps with more than one row that a storm has at least."""

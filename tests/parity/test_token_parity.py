@@ -64,7 +64,7 @@ def test_every_family_gives_the_tokens_of_transformers_in_every_setting(
         if options.get("max_num_seqs") == 1:
             prompts = prompts[:3]
         with Engine(str(folder), dtype="float32", skip_tokenizer_init=True, **options) as engine:
-            by_torch = name.split(",")[0] in NOT_NATIVE or engine.config.block_size < 16
+            by_torch = name.split(",", maxsplit=1)[0] in NOT_NATIVE or engine.config.block_size < 16
             assert engine.config.decoder_backend == ("torch" if by_torch else "cpu"), setting
             outputs = engine.generate(as_ids(prompts), params)
             if not oracle:

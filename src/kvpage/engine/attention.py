@@ -3,6 +3,7 @@ made with it."""
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import replace
 
@@ -193,6 +194,6 @@ def make_kv_store(spec: PagedModelSpec, choice: BackendChoice, config: Resolved,
     return KVStore(
         spec,
         made,
-        allocate=arena.allocate,
+        allocate=functools.partial(arena.allocate, huge_pages=True),
         rope=lambda wanted: build_rope(wanted, config.max_model_len, config.device, switch),
     )

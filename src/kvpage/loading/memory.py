@@ -38,9 +38,7 @@ class Arena:
         self._closed = False
         self.allocated_bytes = 0
 
-    def allocate(
-        self, shape: Sequence[int], dtype: torch.dtype, *, huge_pages: bool = False
-    ) -> torch.Tensor:
+    def allocate(self, shape: Sequence[int], dtype: torch.dtype, *, huge_pages: bool = False) -> torch.Tensor:
         """A zeroed, contiguous tensor, its data aligned to 64 bytes.
 
         With ``huge_pages`` large tensors that are asked for one after another lie so, on pages of 2 MiB where the

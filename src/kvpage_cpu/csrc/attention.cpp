@@ -56,12 +56,19 @@ class Attention {
           scoring_{layer.scale, layer.softcap, KV_TYPE == KVP_I8 ? scratch_.k_scales : nullptr,
                    KV_TYPE == KVP_I8 ? scratch_.v_scales : nullptr} {}
 
-    void run(const Unit& unit) {
+    // `following`: the unit that this thread does next, whose first keys are read meanwhile; or null.
+    void run(const Unit& unit, const Unit* following) {
+        Tile opening;
+        if (following) {
+            place(*following);
+            const Range seen = keys_of(0, rows_);
+            find(seen.first / TILE * TILE, seen, opening);
+        }
         place(unit);
         for (int block = 0; block < blocks_; block++) read_queries(block);
         const Range seen = keys_of(0, rows_);
         for (int split = seen.first / SPLIT; split * SPLIT < seen.last; split++) {
-            attend_split(split, seen, scratch_.split);
+            attend_split(split, seen, scratch_.split, following ? &opening : nullptr);
             merge(scratch_.split);
         }
         finish();
@@ -72,7 +79,7 @@ class Attention {
         const Range seen = keys_of(0, rows_);
         if (split * SPLIT >= seen.last || (split + 1) * SPLIT <= seen.first) return;
         for (int block = 0; block < blocks_; block++) read_queries(block);
-        attend_split(split, seen, part);
+        attend_split(split, seen, part, nullptr);
     }
 
     // What run() makes of the parts that run_split() made.
@@ -144,7 +151,8 @@ class Attention {
         }
     }
 
-    void attend_split(int split, Range seen, const Partial& part) {
+    // `after`: what is read after the last of these keys; or null.
+    void attend_split(int split, Range seen, const Partial& part, const Tile* after) {
         part_ = part;
         for (int row = 0; row < rows_; row++) {
             part_.largest[row] = NOTHING;
@@ -152,14 +160,17 @@ class Attention {
         }
         memset(part_.sums, 0, sizeof(float) * (size_t)rows_ * dim_);
         if (seen.first < split * SPLIT) seen.first = split * SPLIT;
-        if (seen.last > (split + 1) * SPLIT) seen.last = (split + 1) * SPLIT;
+        if (seen.last > (split + 1) * SPLIT) {
+            seen.last = (split + 1) * SPLIT;
+            after = nullptr;
+        }
         Tile tiles[2];
         int current = 0;
         find(seen.first / TILE * TILE, seen, tiles[0]);
         for (int start = tiles[0].start; start < seen.last; start += TILE, current ^= 1) {
             const bool more = start + TILE < seen.last;
             if (more) find(start + TILE, seen, tiles[current ^ 1]);
-            if (!more) tiles[current ^ 1] = tiles[current];
+            if (!more) tiles[current ^ 1] = after ? *after : tiles[current];
             const Tile& next = tiles[current ^ 1];
             stage(tiles[current], next, seen);
             for (int block = 0; block < blocks_; block++) attend_block(block, tiles[current], next);
@@ -380,7 +391,15 @@ void attend_all(const KvpAttention& layer, char* scratch, char* shared, std::ato
     Units units(layer);
     Unit unit;
     if (work.splits == 0) {
-        while (units.find(next.fetch_add(1, std::memory_order_relaxed), unit)) attention.run(unit);
+        // A thread knows its next unit, and reads ahead for it, where there are enough to share them out so.
+        const bool ahead = layer.num_rows >= 2 * threads;
+        const auto draw = [&](Unit& found) { return units.find(next.fetch_add(1, std::memory_order_relaxed), found); };
+        Unit following;
+        for (bool more = draw(unit); more; unit = following) {
+            const bool known = ahead && draw(following);
+            attention.run(unit, known ? &following : nullptr);
+            more = known || (!ahead && draw(following));
+        }
         return;
     }
     const int parts = work.units * work.splits;

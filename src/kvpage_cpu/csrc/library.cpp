@@ -206,7 +206,7 @@ int kvp_logits(KvpContext* context, const KvpModel* model, int64_t rows, const f
 
 int kvp_sample(KvpContext* context, const KvpSampling* sampling) {
     // So little that the caller is done before the team is awake.
-    const bool few = (int64_t)sampling->num_rows * sampling->vocab_size <= 1 << 21;
+    const bool few = (int64_t)sampling->num_rows * sampling->vocab_size <= 1 << 18;
     const bool alone = sampling->num_rows <= 1 || (few && !sampling->temperature);
     const size_t bytes = (context->kernels->sample_scratch(sampling->vocab_size) + 4095) / 4096 * 4096;
     char* const memory = context->workspace.at_least(bytes * (alone ? 1 : context->team->size()));

@@ -8,7 +8,7 @@
 namespace KVP_NS {
 
 constexpr int PANEL = 32;      // outputs in a panel
-constexpr int MAX_ROWS = 256;  // of one product; longer batches go in tiles
+constexpr int MAX_ROWS = 128;  // of one product; longer batches go in tiles, which stay in the second-level cache
 
 // How rows of x enter a product: as they are, rounded, or as int8 with one scale a row or one a group.
 enum class RowForm : int32_t { f32, bf16, s8, s8_group };
