@@ -16,7 +16,7 @@ STEP_SECONDS = 0.02
 @pytest.fixture(scope="session")
 def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[AsyncEngine]:
     folder = write_checkpoint(tmp_path_factory.mktemp("models") / "tiny")
-    engine = AsyncEngine(folder, num_kv_blocks=200)
+    engine = AsyncEngine(folder, num_kv_blocks=200, block_size=16)
     engine._worker.core.listeners.add(Brake(STEP_SECONDS))
     yield engine
     engine.close()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -14,6 +14,7 @@ import pytest
 from kvpage import AsyncEngine, EngineDeadError, PluginRegistry, RequestError, SamplingParams, hookimpl
 from kvpage.api.events import EventListener, StepStats
 from kvpage.api.records import EventListenerRecord
+from kvpage.text.detokenizer import Detokenizer
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
 MakeAsync = Callable[..., AsyncEngine]
@@ -176,15 +177,21 @@ def test_one_request_in_error_leaves_the_others(
     make_async: MakeAsync, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = make_async()
+    broken: list[Detokenizer] = []
 
-    async def main() -> None:
-        broken, fine = (engine.generate("The block", GREEDY) for _ in range(2))
-        detokenizer = broken._state.choices[0]._detokenizer
-        monkeypatch.setattr(
-            type(detokenizer), "push", lambda self, ids: 1 // 0 if self is detokenizer else "x"
-        )
-        with pytest.raises(RequestError, match="ZeroDivisionError"):
-            await broken
-        assert (await fine).outputs[0].finish_reason == "length"
+    def push(self: Detokenizer, ids: Sequence[int]) -> str:
+        """Fails for the first that has a token."""
+        if not broken:
+            broken.append(self)
+        return str(1 // 0) if self is broken[0] else "x"
 
-    asyncio.run(main())
+    monkeypatch.setattr(Detokenizer, "push", push)
+
+    async def main() -> list[Any]:
+        handles = [engine.generate("The block", GREEDY) for _ in range(2)]
+        return await asyncio.gather(*handles, return_exceptions=True)
+
+    failed, fine = sorted(asyncio.run(main()), key=lambda found: not isinstance(found, Exception))
+    assert isinstance(failed, RequestError)
+    assert "ZeroDivisionError" in str(failed)
+    assert fine.outputs[0].finish_reason == "length"
