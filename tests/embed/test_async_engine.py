@@ -23,7 +23,6 @@ from kvpage import (
     SamplingParams,
     TokenEvent,
 )
-from kvpage.api.events import EventListener, StepStats
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
 ENDLESS = GREEDY.clone(max_tokens=500)
@@ -323,16 +322,18 @@ def test_a_loop_that_is_blocked_does_not_hold_up_another(make_async: MakeAsync) 
     assert len(answers) == 1
 
 
-class Unhurried(EventListener):
-    """Steps take as long as those of a model that says something."""
-
-    def step(self, stats: StepStats) -> None:
-        time.sleep(0.002)
-
-
 def test_a_reader_that_keeps_up_gets_its_tokens_one_by_one(make_async: MakeAsync) -> None:
     engine = make_async()
-    engine._worker.core.listeners.add(Unhurried())
+    executor = engine._worker.core._executor
+    assert executor is not None
+    submit = executor.submit
+
+    def unhurried(plan: Any) -> Any:
+        """A step takes as long as that of a model which has something to say."""
+        time.sleep(0.002)
+        return submit(plan)
+
+    executor.submit = unhurried
 
     async def main() -> list[int]:
         return [
