@@ -1,4 +1,9 @@
-"""Native greedy tokens in bfloat16 are those of the float32 model, but for near ties."""
+"""Native greedy tokens in bfloat16 are those of the float32 model, but for near ties.
+
+The weights are as small as those of trained models. Three times as large, layers amplify roundings until some tokens
+differ at wider gaps, here and in transformers' own bfloat16. Mixtures of experts are left out: a rounding may send a
+token to another expert.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +25,6 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("LlamaForCausalLM", {}),
     "qwen3": ("Qwen3ForCausalLM", {"head_dim": 32}),
     "gemma2": ("Gemma2ForCausalLM", {"head_dim": 24, "sliding_window": 19, "attn_implementation": "eager"}),
-    "mixtral": ("MixtralForCausalLM", {"num_local_experts": 4}),
 }
 
 
@@ -32,7 +36,7 @@ def test_a_token_differs_from_float32_only_at_near_ties(name: str, tmp_path: Pat
     kind = getattr(transformers, architecture)
     sizes = {
         "vocab_size": 199, "hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 3,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512, "initializer_range": 0.15,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512, "initializer_range": 0.05,
     }  # fmt: skip
     with torch.random.fork_rng():
         torch.manual_seed(3)
