@@ -7,12 +7,21 @@ device; a kernel computes a form and never knows the file.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
+
+from kvpage.api.forms import ChannelInt8, Dense, PackedForm, WeightForm, adjacent
+from kvpage.api.packed_forms import Codebook, Fp8, GroupedInt
 
 if TYPE_CHECKING:
     import torch
+
+__all__ = [
+    "ChannelInt8", "CheckpointView", "Codebook", "Dense", "Fp8", "GroupedInt", "LinearChoice", "LinearEnv",
+    "LinearKernel", "LinearRefusal", "LinearSpec", "PackedForm", "QuantScheme", "TensorInfo", "TensorSpec",
+    "WeightForm", "adjacent", "metadata",
+]  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -58,13 +67,20 @@ class CheckpointView(Protocol):
         ...
 
 
+def metadata(view: CheckpointView) -> Mapping[str, str]:
+    """What the files say beside their tensors (the ``__metadata__`` of safetensors); empty for a view without any."""
+    found: Mapping[str, str] = getattr(view, "metadata", {})
+    return found
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TensorSpec:
     """One tensor that a format stores for a linear layer.
 
     Attributes:
         shape: expected shape. dtype: torch dtype name.
-        shard_dim: dimension that tensor parallelism cuts, ``None`` = every rank takes it whole.
+        shard_dim: dimension that tensor parallelism cuts, ``None`` = every rank takes it whole. Where no tensor of
+            a matrix has one, ranks cut its form (``WeightForm.outputs``, ``inputs``), or what that dequantizes to.
         pack: logical elements in one stored element along the packed dimension.
         group: logical elements that share one entry of this tensor (scales), 1 = none.
     """
@@ -96,233 +112,6 @@ class LinearSpec:
         """What tensor parallelism divides among the ranks: the inputs of what projects back to the hidden size
         (attention's out, an MLP's down), else the outputs. ``TensorSpec.shard_dim`` is the dimension of that."""
         return "inputs" if self.parameters[0].endswith((".out.weight", ".down.weight")) else "outputs"
-
-
-class WeightForm(ABC):
-    """How a weight [out, in] is held in memory: dense, or one of the quantized forms."""
-
-    @property
-    @abstractmethod
-    def shape(self) -> tuple[int, ...]:
-        """Logical shape: (out, in) of a linear layer."""
-
-    @abstractmethod
-    def dequantize(self) -> torch.Tensor:
-        """The exact float32 values this form stands for, of ``shape``; a new tensor."""
-
-    @abstractmethod
-    def map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> WeightForm:
-        """The same form with each of its tensors replaced by ``change(tensor)``: to move or to re-house it."""
-
-    @abstractmethod
-    def take(self, rows: torch.Tensor) -> WeightForm:
-        """The outputs ``rows`` (int64 [n]) of this form, as a form of its own kind."""
-
-    def join(self, others: Sequence[WeightForm]) -> WeightForm | None:
-        """The form of this one's outputs and then those of ``others``, which share its input, without a copy.
-
-        ``None``: they differ in more than their tensors, or do not lie in one (``adjacent``). The loader puts the
-        parts of q, k and v (gate and up) one after another wherever a tensor has one entry an output: a form
-        that joins such parts is computed as one product.
-        """
-        return None
-
-    def tensors(self) -> list[torch.Tensor]:
-        """Every tensor it holds."""
-        found: list[torch.Tensor] = []
-
-        def note(tensor: torch.Tensor) -> torch.Tensor:
-            found.append(tensor)
-            return tensor
-
-        self.map(note)
-        return found
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of its tensors."""
-        return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors())
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Dense(WeightForm):
-    """Plain numbers of the model's dtype, in any strides: [out, in] of a linear layer, or any other parameter.
-
-    Parts of one merged tensor (q, k, v; gate, up) are views whose rows follow each other in one storage.
-    """
-
-    tensor: torch.Tensor
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return tuple(self.tensor.shape)
-
-    def dequantize(self) -> torch.Tensor:
-        return self.tensor.float().clone()
-
-    def map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Dense:
-        return Dense(change(self.tensor))
-
-    def take(self, rows: torch.Tensor) -> Dense:
-        return Dense(self.tensor[rows])
-
-    def join(self, others: Sequence[WeightForm]) -> Dense | None:
-        tensors = [form.tensor for form in (self, *others) if isinstance(form, Dense)]
-        whole = adjacent(tensors) if len(tensors) == 1 + len(others) else None
-        return None if whole is None else Dense(whole)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class ChannelInt8(WeightForm):
-    """weight[o, i] = codes[o, i] * scales[o]: one scale an output (LLM.int8(), arXiv:2208.07339, without outliers).
-
-    Attributes:
-        codes: int8 [out, in], contiguous. scales: float32 [out].
-        activation: "none": x stays as it is; "per-token": the format was made for int8 x, one scale a row, and a
-            kernel may compute so.
-    """
-
-    codes: torch.Tensor
-    scales: torch.Tensor
-    activation: Literal["none", "per-token"] = "none"
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return tuple(self.codes.shape)
-
-    def dequantize(self) -> torch.Tensor:
-        return self.codes.float().mul_(self.scales.unsqueeze(1))
-
-    def map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> ChannelInt8:
-        return replace(self, codes=change(self.codes), scales=change(self.scales))
-
-    def take(self, rows: torch.Tensor) -> ChannelInt8:
-        return replace(self, codes=self.codes[rows], scales=self.scales[rows])
-
-    def join(self, others: Sequence[WeightForm]) -> ChannelInt8 | None:
-        parts = [form for form in (self, *others) if isinstance(form, ChannelInt8)]
-        if len(parts) != 1 + len(others) or any(part.activation != self.activation for part in parts):
-            return None
-        codes = adjacent([part.codes for part in parts])
-        scales = adjacent([part.scales for part in parts])
-        return None if codes is None or scales is None else replace(self, codes=codes, scales=scales)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class GroupedInt(WeightForm):
-    """weight[o, i] = (q[o, i] - zero) * scales[o, i // group] + offsets[o, i // group], q of 0 to 2**bits - 1.
-
-    Attributes:
-        bits: 4 or 8. group: inputs that share a scale; it divides the inputs.
-        codes: uint8, contiguous: of 8 bits [out, in]; of 4 bits [out, in / 2], an even input in the low half of a
-            byte and the odd one after it in the high half.
-        scales: bfloat16, float16 or float32 [out, in / group]; a scale may be negative.
-        zero: the code that stands for 0 (before ``offsets``); half the codes is symmetric.
-        offsets: of those dtypes, [out, in / group]; ``None`` = 0. A format with a zero point z a group has
-            scales * (zero - z).
-        activation: "none": x stays as it is; "per-group": the format was made for int8 x, one scale a row and group,
-            and a kernel may compute so.
-
-    Raises:
-        ValueError: tensors that do not fit each other.
-    """
-
-    codes: torch.Tensor
-    scales: torch.Tensor
-    group: int
-    bits: int = 4
-    zero: int = 8
-    offsets: torch.Tensor | None = None
-    activation: Literal["none", "per-group"] = "none"
-
-    def __post_init__(self) -> None:
-        if self.bits not in (4, 8) or not 0 <= self.zero < 2**self.bits:
-            raise ValueError(
-                f"{self.bits} bits with zero {self.zero}; bits are 4 or 8, zero is a code of theirs"
-            )
-        if self.codes.dim() != 2 or str(self.codes.dtype) != "torch.uint8":
-            raise ValueError(f"codes must be uint8 of two dimensions, got {_described(self.codes)}")
-        rows, inputs = self.shape
-        if self.group < 1 or inputs % self.group:
-            raise ValueError(f"groups of {self.group} do not divide {inputs} inputs")
-        expected = (rows, inputs // self.group)
-        for name, tensor in (("scales", self.scales), ("offsets", self.offsets)):
-            if tensor is None:
-                continue
-            if tuple(tensor.shape) != expected or str(tensor.dtype) not in _SCALE_DTYPES:
-                raise ValueError(
-                    f"{name} must be {', '.join(_SCALE_DTYPES)} of shape {list(expected)}, got {_described(tensor)}"
-                )
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        rows, stored = self.codes.shape
-        return (rows, stored * 8 // self.bits)
-
-    def dequantize(self) -> torch.Tensor:
-        rows, inputs = self.shape
-        scales = self.scales.float()
-        values = scales.new_empty((rows, inputs))
-        if self.bits == 8:
-            values.copy_(self.codes)
-        else:
-            values[:, 0::2] = self.codes & 15
-            values[:, 1::2] = self.codes >> 4
-        groups = values.view(rows, inputs // self.group, self.group)
-        groups.sub_(self.zero).mul_(scales.unsqueeze(2))
-        if self.offsets is not None:
-            groups.add_(self.offsets.float().unsqueeze(2))
-        return values
-
-    def map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> GroupedInt:
-        return replace(
-            self,
-            codes=change(self.codes),
-            scales=change(self.scales),
-            offsets=None if self.offsets is None else change(self.offsets),
-        )
-
-    def take(self, rows: torch.Tensor) -> GroupedInt:
-        return self.map(lambda tensor: tensor[rows])
-
-    def join(self, others: Sequence[WeightForm]) -> GroupedInt | None:
-        parts = [form for form in (self, *others) if isinstance(form, GroupedInt)]
-        if len(parts) != 1 + len(others) or any(part._kind != self._kind for part in parts):
-            return None
-        codes = adjacent([part.codes for part in parts])
-        scales = adjacent([part.scales for part in parts])
-        given = [part.offsets for part in parts if part.offsets is not None]
-        offsets = adjacent(given) if given else None
-        if codes is None or scales is None or (given and offsets is None):
-            return None
-        return replace(self, codes=codes, scales=scales, offsets=offsets)
-
-    @property
-    def _kind(self) -> tuple[object, ...]:
-        """What forms agree in that are one matrix."""
-        return (self.bits, self.group, self.zero, self.activation, self.offsets is None)
-
-
-_SCALE_DTYPES = ("torch.bfloat16", "torch.float16", "torch.float32")
-
-
-def _described(tensor: torch.Tensor) -> str:
-    return f"{tensor.dtype} of shape {list(tensor.shape)}"
-
-
-def adjacent(parts: Sequence[torch.Tensor]) -> torch.Tensor | None:
-    """The tensor whose dimension 0 is ``parts`` one after another, if they lie so in one storage."""
-    first = parts[0]
-    storage, strides, step = first.untyped_storage().data_ptr(), first.stride(), first.stride(0)
-    expected = first.storage_offset()
-    for part in parts:
-        if part.untyped_storage().data_ptr() != storage or part.dtype != first.dtype:
-            return None
-        if part.stride() != strides or part.storage_offset() != expected or part.shape[1:] != first.shape[1:]:
-            return None
-        expected += part.shape[0] * step
-    shape = (sum(part.shape[0] for part in parts), *first.shape[1:])
-    return first.as_strided(shape, strides, first.storage_offset())
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -393,8 +182,8 @@ class QuantScheme(ABC):
     ``quantization_config``, empty unless given."""
 
     quantizes_tables: ClassVar[bool] = False
-    """``True``, of one that quantizes plain weights: ``tensors`` is also asked about the token embedding
-    ("embed.weight", [vocab, hidden]). A tied output head is computed from that very form."""
+    """``True``: ``tensors`` is also asked about the token embedding ("embed.weight", [vocab, hidden]). A tied output
+    head is computed from that very form."""
 
     row_by_row: ClassVar[bool] = False
     """``True``, of one that quantizes plain weights: an output's codes depend on its own weights only. ``to_form``
@@ -423,3 +212,24 @@ class QuantScheme(ABC):
 
         They may be views of the file: the form must hold none of them as they are unless ``map`` may replace it.
         """
+
+    def sketch(self, linear: LinearSpec, view: CheckpointView) -> WeightForm | None:
+        """The form that ``to_form`` will make, of tensors on the device "meta": shapes and dtypes without numbers.
+
+        ``kvpage plan`` counts its bytes, asks kernels whether they support it, and ranks whether it can be cut.
+        By default ``to_form`` itself is tried on such tensors; one that looks at numbers overrides this.
+        ``None``: not known before the tensors are read; the plan counts the file's bytes.
+        """
+        import torch
+
+        tensors = {
+            suffix: torch.empty(spec.shape, dtype=getattr(torch, spec.dtype), device="meta")
+            for suffix, spec in self.tensors(linear, view).items()
+        }
+        try:
+            return self.to_form(linear, tensors)
+        except (
+            RuntimeError,
+            NotImplementedError,
+        ):  # a number was asked for, which a meta tensor does not have
+            return None

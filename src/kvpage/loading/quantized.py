@@ -58,6 +58,7 @@ class QuantizedWeights:
         self.tensor_names: set[str] = set()
         if scheme is None:
             return
+        self._release: Callable[[str], None] | None = getattr(view, "release", None)
         for linear in _linears(scheme, parameters, refs):
             with _blamed(scheme, linear):
                 tensors = _stated(scheme.tensors(linear, view))

@@ -98,7 +98,9 @@ class SafetensorsView:
     def __init__(self, files: Collection[SafetensorsFile]) -> None:
         self._files: dict[str, SafetensorsFile] = {}
         self._infos: dict[str, TensorInfo] = {}
+        self.metadata: dict[str, str] = {}
         for file in files:
+            self.metadata.update(file.metadata)
             for name, info in file.infos().items():
                 self._files[name], self._infos[name] = file, info
 
@@ -117,6 +119,12 @@ class SafetensorsView:
         for begin, end in _steps(start, stop, row_bytes):
             yield tensor[begin:end]
             file.release(name, begin * row_bytes, end * row_bytes)
+
+    def release(self, name: str) -> None:
+        """``name`` was used: its pages leave this process."""
+        info = self._infos[name]
+        dtype: torch.dtype = getattr(torch, info.dtype)
+        self._files[name].release(name, 0, math.prod(info.shape) * dtype.itemsize)
 
     def where(self, name: str) -> str:
         return (

@@ -23,7 +23,7 @@ from kvpage.errors import CheckpointError
 MAX_HEADER_BYTES = 100_000_000
 DTYPES: Mapping[str, str] = {
     "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16",
-    "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2",
+    "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "F8_E8M0": "float8_e8m0fnu",
     "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool",
     "U16": "uint16", "U32": "uint32", "U64": "uint64",
 }  # fmt: skip
@@ -40,7 +40,7 @@ class SafetensorsFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._data: mmap.mmap | None = None
-        self._start, self._entries = _read_header(path)
+        self._start, self._entries, self.metadata = _read_header(path)
 
     def infos(self) -> Mapping[str, TensorInfo]:
         """Every tensor's shape and dtype."""
@@ -83,8 +83,18 @@ class SafetensorsFile:
         return self._data
 
 
-def _read_header(path: Path) -> tuple[int, dict[str, tuple[TensorInfo, int]]]:
-    """(offset of the data, name -> (info, offset within the data)), all checked."""
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; a key that comes twice would hide a tensor."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in found if names.count(name) > 1)
+        raise ValueError(f"key {twice!r:.80} comes twice")
+    return found
+
+
+def _read_header(path: Path) -> tuple[int, dict[str, tuple[TensorInfo, int]], Mapping[str, str]]:
+    """(offset of the data, name -> (info, offset within the data), what else it says), all checked."""
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
@@ -104,7 +114,7 @@ def _read_header(path: Path) -> tuple[int, dict[str, tuple[TensorInfo, int]]]:
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
     try:
-        header = json.loads(raw)
+        header = json.loads(raw, object_pairs_hook=_without_repeats)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(
             f"{path}: the header is not valid JSON ({error}); download the file again"
@@ -126,7 +136,9 @@ def _read_header(path: Path) -> tuple[int, dict[str, tuple[TensorInfo, int]]]:
         entries[name] = (info, begin)
         spans.append((begin, end, name))
     _refuse_overlap(path, spans)
-    return start, entries
+    stated = header.get("__metadata__") or {}
+    metadata = {str(key): str(value) for key, value in stated.items()} if isinstance(stated, dict) else {}
+    return start, entries, metadata
 
 
 def _read_entry(path: Path, name: str, entry: Any) -> tuple[TensorInfo, int, int]:

@@ -15,7 +15,7 @@ from kvpage.api.quant import LinearSpec, TensorInfo
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
     "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
-    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu,
 }  # fmt: skip
 
 
@@ -30,6 +30,7 @@ class QuantSample:
         oracle: module name -> the float32 values [out, in] that its tensors stand for, exactly.
         plain: matrices that it stores plain, which the scheme must leave alone.
         wrong_configs: variants of ``config`` that the scheme must refuse.
+        metadata: what the file's header says beside its tensors.
     """
 
     config: Mapping[str, Any]
@@ -38,11 +39,14 @@ class QuantSample:
     oracle: Mapping[str, torch.Tensor] = field(default_factory=dict)
     plain: tuple[LinearSpec, ...] = ()
     wrong_configs: tuple[Mapping[str, Any], ...] = ()
+    metadata: Mapping[str, str] = field(default_factory=dict)
 
     def view(self, **changes: torch.Tensor | None) -> TensorsView:
         """Its tensors; ``changes`` by name replaces one, ``None`` leaves it out."""
         changed = {**self.tensors, **changes}
-        return TensorsView({name: tensor for name, tensor in changed.items() if tensor is not None})
+        return TensorsView(
+            {name: tensor for name, tensor in changed.items() if tensor is not None}, self.metadata
+        )
 
 
 class TensorsView:
@@ -50,8 +54,11 @@ class TensorsView:
 
     shared = False
 
-    def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
+    def __init__(
+        self, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None
+    ) -> None:
         self._tensors = dict(tensors)
+        self.metadata: Mapping[str, str] = metadata or {}
 
     def names(self) -> Collection[str]:
         return self._tensors.keys()

@@ -186,7 +186,7 @@ class QuantSchemeConformance(ConformanceSuite):
         """Parts that lie one after another, as the loader puts q, k and v, are joined to the whole, or refused."""
         for spec, form in self._forms(sample):
             outputs = form.shape[0]
-            first, second = _rows(form, 0, outputs // 3), _rows(form, outputs // 3, outputs)
+            first, second = form.outputs(0, outputs // 3), form.outputs(outputs // 3, outputs)
             joined = first.join([second])
             if joined is not None:
                 require_equal("join", joined.dequantize(), form.dequantize(), MATRIX, spec.name)
@@ -247,48 +247,63 @@ class QuantSchemeConformance(ConformanceSuite):
     def test_tensor_parallel_slices(self, sample: str, ranks: int) -> None:
         """The form of each rank's slices, cut by ``shard_dim``, is that slice of the whole matrix.
 
-        Matrices whose blocks (pack, group) the cut would divide are left out.
+        Where no tensor has a ``shard_dim`` it is the form that is cut. Matrices whose blocks (pack, group) the cut
+        would divide are left out.
         """
         given = self._sample(sample)
         tried = 0
         for spec in given.linears:
-            whole = self.load(given, spec).dequantize()
-            specs = self._specs(given, spec)
+            form, specs = self.load(given, spec), self._specs(given, spec)
             by_outputs = spec.cut == "outputs"
             length = spec.out_features if by_outputs else spec.in_features
-            if length % ranks or any(
-                _cut_size(given.tensors[f"{spec.name}.{s}"], t, length) % ranks for s, t in specs.items()
-            ):
+            if length % ranks:
                 continue
-            tried += 1
+            size = length // ranks
+            whole = form.dequantize()
+            by_file = any(tensor.shard_dim is not None for tensor in specs.values())
+            sizes = [_cut_size(given.tensors[f"{spec.name}.{s}"], t, length) for s, t in specs.items()]
+            if by_file and any(entries % ranks for entries in sizes):
+                continue
             for rank in range(ranks):
-                cut = {
-                    suffix: _cut(given.tensors[f"{spec.name}.{suffix}"], expected, rank, ranks)
-                    for suffix, expected in specs.items()
-                }
-                size = length // ranks
-                part = LinearSpec(
-                    name=spec.name,
-                    parameters=spec.parameters,
-                    in_features=spec.in_features if by_outputs else size,
-                    out_features=size if by_outputs else spec.out_features,
-                )
-                scheme = self.scheme.from_checkpoint(given.config, given.view())
-                expected_part = whole.narrow(0 if by_outputs else 1, rank * size, size)
-                note = (
-                    f"{spec.name}: {spec.cut} {rank * size} to {(rank + 1) * size} of rank {rank} of {ranks}"
-                )
+                start, stop = rank * size, (rank + 1) * size
+                note = f"{spec.name}: {spec.cut} {start} to {stop} of rank {rank} of {ranks}"
                 with _blamed("tensor-parallel slice", note):
-                    got = scheme.to_form(part, cut).dequantize()
+                    if by_file:
+                        part = self._part(given, spec, specs, rank, ranks)
+                    else:
+                        part = form.outputs(start, stop) if by_outputs else form.inputs(start, stop)
+                    if part is None:
+                        break  # what the ranks then cut is the dequantized matrix
+                    got = part.dequantize()
+                tried += 1
+                expected = whole.narrow(0 if by_outputs else 1, start, size)
                 if self.scheme.quantizes_plain and not by_outputs:
                     # Each rank quantizes its own inputs, with scales of its own.
                     weight = given.tensors[f"{spec.name}.weight"].float()
                     allowed = 2 * self.plain_error * weight.abs().amax(1, keepdim=True)
-                    require_close("tensor-parallel slice", got, expected_part, allowed, MATRIX, note)
+                    require_close("tensor-parallel slice", got, expected, allowed, MATRIX, note)
                 else:
-                    require_equal("tensor-parallel slice", got, expected_part, MATRIX, note)
+                    require_equal("tensor-parallel slice", got, expected, MATRIX, note)
         if not tried:
             not_claimed(f"no matrix of sample {sample} divides by {ranks}")
+
+    def _part(
+        self, given: QuantSample, spec: LinearSpec, specs: Mapping[str, TensorSpec], rank: int, ranks: int
+    ) -> WeightForm:
+        """The form of a rank's slices of the stored tensors."""
+        cut = {
+            suffix: _cut(given.tensors[f"{spec.name}.{suffix}"], expected, rank, ranks)
+            for suffix, expected in specs.items()
+        }
+        by_outputs = spec.cut == "outputs"
+        share = LinearSpec(
+            name=spec.name,
+            parameters=spec.parameters,
+            in_features=spec.in_features if by_outputs else spec.in_features // ranks,
+            out_features=spec.out_features // ranks if by_outputs else spec.out_features,
+        )
+        scheme = self.scheme.from_checkpoint(given.config, given.view())
+        return scheme.to_form(share, cut)
 
     def _refused(
         self, property: str, what: str, sample: QuantSample, spec: LinearSpec, view: CheckpointView
@@ -346,16 +361,6 @@ def _blamed(property: str, what: str) -> Iterator[None]:
         yield
     except Exception as error:
         raise ConformanceError(property, f"{what}: {type(error).__name__}: {error}") from error
-
-
-def _rows(form: WeightForm, first: int, last: int) -> WeightForm:
-    """Those outputs of a form, as views of its tensors where they have one entry an output."""
-    outputs = form.shape[0]
-
-    def view(tensor: torch.Tensor) -> torch.Tensor:
-        return tensor[first:last] if tensor.shape[:1] == (outputs,) else tensor
-
-    return form.map(view)
 
 
 def _cut_size(tensor: torch.Tensor, spec: TensorSpec, length: int) -> int:
