@@ -37,11 +37,12 @@ class WeightForm(ABC):
     def take(self, rows: torch.Tensor) -> WeightForm:
         """The outputs ``rows`` (int64 [n]) of this form, as a form of its own kind."""
 
-    def outputs(self, start: int, stop: int) -> WeightForm:
-        """The outputs [start, stop): a tensor-parallel rank's share, or a part of a merged product."""
-        import torch
+    def outputs(self, start: int, stop: int) -> WeightForm | None:
+        """The outputs [start, stop) without a copy: a tensor-parallel rank's share, a part of a merged product.
 
-        return self.take(torch.arange(start, stop, device="cpu"))
+        ``None``: ``take`` gives them.
+        """
+        return None
 
     def inputs(self, start: int, stop: int) -> WeightForm | None:
         """The inputs [start, stop) as a form of its own kind, exactly; ``None``: its blocks do not divide there."""
@@ -92,9 +93,11 @@ class PackedForm(WeightForm):
         return ()
 
     def map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Self:
+        """Fields that are ``None`` stay so."""
         return self._with({name: change(tensor) for name, tensor in self._held(self.by_output + self.shared)})
 
     def take(self, rows: torch.Tensor) -> Self:
+        """Copies of those outputs; shared tensors are the same objects."""
         return self._with({name: tensor[rows] for name, tensor in self._held(self.by_output)})
 
     def outputs(self, start: int, stop: int) -> Self:
@@ -102,6 +105,7 @@ class PackedForm(WeightForm):
         return self._with({name: tensor[start:stop] for name, tensor in self._held(self.by_output)})
 
     def join(self, others: Sequence[WeightForm], lay: Lay | None = None) -> Self | None:
+        """As ``WeightForm.join``: forms of one class, ``kind`` and set of tensors, their shared tensors equal."""
         lay = lay or adjacent
         parts = [self]
         for form in others:
@@ -144,12 +148,15 @@ class Dense(PackedForm):
 
     @property
     def shape(self) -> tuple[int, ...]:
+        """Of the tensor."""
         return tuple(self.tensor.shape)
 
     def dequantize(self) -> torch.Tensor:
+        """A copy in float32."""
         return self.tensor.float().clone()
 
     def inputs(self, start: int, stop: int) -> Dense:
+        """A view of those columns."""
         return Dense(self.tensor[:, start:stop])
 
 
@@ -175,16 +182,20 @@ class ChannelInt8(PackedForm):
 
     @property
     def shape(self) -> tuple[int, ...]:
+        """Of the codes: (out, in)."""
         return tuple(self.codes.shape)
 
     @property
     def kind(self) -> tuple[object, ...]:
+        """Activation and factor."""
         return (self.activation, self.factor)
 
     def dequantize(self) -> torch.Tensor:
+        """(codes * scales) * factor, in float32."""
         return self.codes.float().mul_(self.scales.unsqueeze(1)).mul_(self.factor)
 
     def inputs(self, start: int, stop: int) -> ChannelInt8:
+        """Those columns of the codes, with the same scales."""
         return replace(self, codes=self.codes[:, start:stop].contiguous())
 
 

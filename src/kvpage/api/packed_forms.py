@@ -96,11 +96,13 @@ class GroupedInt(PackedForm):
 
     @property
     def shape(self) -> tuple[int, ...]:
+        """(out, in), of the codes and bits."""
         rows, stored = self.codes.shape
         return (rows, stored * 8 // self.bits)
 
     @property
     def kind(self) -> tuple[object, ...]:
+        """Bits, group, zero and activation."""
         return (self.bits, self.group, self.zero, self.activation)
 
     def group_scales(self) -> torch.Tensor:
@@ -112,6 +114,7 @@ class GroupedInt(PackedForm):
         return None if self.offsets is None else _scaled(self.offsets, self.super_offsets)
 
     def dequantize(self) -> torch.Tensor:
+        """((q - zero) * scale) + offset in float32, inputs in their own order."""
         rows, inputs = self.shape
         scales, offsets = self.group_scales(), self.group_offsets()
         values = scales.new_empty((rows, inputs))
@@ -130,6 +133,7 @@ class GroupedInt(PackedForm):
         return values.new_empty(values.shape).index_copy_(1, self.permutation.long(), values)
 
     def inputs(self, start: int, stop: int) -> GroupedInt | None:
+        """Whole groups (and super-groups) only; ``None`` with a permutation."""
         group, groups = self.group, self.shape[1] // self.group
         if self.permutation is not None or start % group or stop % group:
             return None
@@ -184,14 +188,17 @@ class Codebook(PackedForm):
 
     @property
     def shape(self) -> tuple[int, ...]:
+        """(out, in), of the codes."""
         rows, stored = self.codes.shape
         return (rows, stored * 2)
 
     @property
     def kind(self) -> tuple[object, ...]:
+        """The group."""
         return (self.group,)
 
     def dequantize(self) -> torch.Tensor:
+        """table[q] * scale in float32."""
         rows, inputs = self.shape
         values = self.table.new_empty((rows, inputs))
         values[:, 0::2] = self.table[(self.codes & 15).int()]
@@ -200,6 +207,7 @@ class Codebook(PackedForm):
         return values
 
     def inputs(self, start: int, stop: int) -> Codebook | None:
+        """Whole groups and bytes only."""
         if start % self.group or stop % self.group or start % 2 or stop % 2:
             return None
         return replace(
@@ -240,13 +248,16 @@ class Fp8(PackedForm):
 
     @property
     def shape(self) -> tuple[int, ...]:
+        """(out, in), of the codes."""
         return tuple(self.codes.shape)
 
     @property
     def kind(self) -> tuple[object, ...]:
+        """The group."""
         return (self.group,)
 
     def dequantize(self) -> torch.Tensor:
+        """codes * scales in float32."""
         inputs = self.shape[1]
         values = self.codes.float()
         if self.scales.shape[1] == 1:
@@ -254,6 +265,7 @@ class Fp8(PackedForm):
         return values.mul_(self.scales.repeat_interleave(self.group, 1)[:, :inputs])
 
     def inputs(self, start: int, stop: int) -> Fp8 | None:
+        """Whole groups only, but with one scale an output."""
         if self.scales.shape[1] == 1:
             return replace(self, codes=self.codes[:, start:stop].contiguous(), group=stop - start)
         if start % self.group or (stop % self.group and stop != self.shape[1]):

@@ -217,19 +217,6 @@ class QuantScheme(ABC):
         """The form that ``to_form`` will make, of tensors on the device "meta": shapes and dtypes without numbers.
 
         ``kvpage plan`` counts its bytes, asks kernels whether they support it, and ranks whether it can be cut.
-        By default ``to_form`` itself is tried on such tensors; one that looks at numbers overrides this.
-        ``None``: not known before the tensors are read; the plan counts the file's bytes.
+        ``None``: ``to_form`` itself is tried on such tensors; a scheme whose ``to_form`` looks at numbers answers here.
         """
-        import torch
-
-        tensors = {
-            suffix: torch.empty(spec.shape, dtype=getattr(torch, spec.dtype), device="meta")
-            for suffix, spec in self.tensors(linear, view).items()
-        }
-        try:
-            return self.to_form(linear, tensors)
-        except (
-            RuntimeError,
-            NotImplementedError,
-        ):  # a number was asked for, which a meta tensor does not have
-            return None
+        return None

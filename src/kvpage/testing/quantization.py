@@ -186,7 +186,7 @@ class QuantSchemeConformance(ConformanceSuite):
         """Parts that lie one after another, as the loader puts q, k and v, are joined to the whole, or refused."""
         for spec, form in self._forms(sample):
             outputs = form.shape[0]
-            first, second = form.outputs(0, outputs // 3), form.outputs(outputs // 3, outputs)
+            first, second = _outputs(form, 0, outputs // 3), _outputs(form, outputs // 3, outputs)
             joined = first.join([second])
             if joined is not None:
                 require_equal("join", joined.dequantize(), form.dequantize(), MATRIX, spec.name)
@@ -271,7 +271,7 @@ class QuantSchemeConformance(ConformanceSuite):
                     if by_file:
                         part = self._part(given, spec, specs, rank, ranks)
                     else:
-                        part = form.outputs(start, stop) if by_outputs else form.inputs(start, stop)
+                        part = (_outputs if by_outputs else type(form).inputs)(form, start, stop)
                     if part is None:
                         break  # what the ranks then cut is the dequantized matrix
                     got = part.dequantize()
@@ -361,6 +361,11 @@ def _blamed(property: str, what: str) -> Iterator[None]:
         yield
     except Exception as error:
         raise ConformanceError(property, f"{what}: {type(error).__name__}: {error}") from error
+
+
+def _outputs(form: WeightForm, first: int, last: int) -> WeightForm:
+    """Those outputs of a form, as views of its tensors where it gives them so."""
+    return form.outputs(first, last) or form.take(torch.arange(first, last, device="cpu"))
 
 
 def _cut_size(tensor: torch.Tensor, spec: TensorSpec, length: int) -> int:
