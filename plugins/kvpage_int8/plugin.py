@@ -1,4 +1,4 @@
-"""What is registered: four schemes, which quantize any unquantized checkpoint."""
+"""What is registered: four schemes that quantize any unquantized checkpoint, and readers of two formats."""
 
 from __future__ import annotations
 
@@ -48,5 +48,19 @@ def kvpage_quantization_schemes() -> list[QuantizationSchemeRecord]:
             packs_head=True,
             options=OPTIONS,
             summary="the same weights, activations as they are",
+        ),
+        QuantizationSchemeRecord(
+            name="bitsandbytes",
+            factory="kvpage_int8.bitsandbytes:BitsAndBytes",
+            methods=("bitsandbytes",),
+            bits=4,
+            summary="checkpoints of bitsandbytes: nf4 and fp4, double quantization too, and int8 computed weight-only",
+        ),
+        QuantizationSchemeRecord(
+            name="torchao",
+            factory="kvpage_int8.torchao:TorchAO",
+            methods=("torchao",),
+            bits=8,
+            summary="checkpoints of torchao: int8, integers of 1 to 8 bits unpacked to int8, float8 e4m3",
         ),
     ]
