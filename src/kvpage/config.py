@@ -21,9 +21,8 @@ ELEMENT_SIZES: Mapping[str, int] = {"float32": 4, "bfloat16": 2, "float16": 2, "
 SCALE_SIZES: Mapping[str, int] = {"int8": 4}
 """Bytes that a KV dtype takes beside its elements, for each K or V vector of a token and KV head."""
 ALIASES: Mapping[str, str] = {
-    "kv_cache_memory_bytes": "kv_cache_memory",
-    "num_gpu_blocks_override": "num_kv_blocks",
-}
+    "kv_cache_memory_bytes": "kv_cache_memory", "num_gpu_blocks_override": "num_kv_blocks",
+}  # fmt: skip
 NOT_YET: Mapping[str, str] = {
     "enable_lora": "LoRA",
     "lora_modules": "LoRA",
@@ -270,12 +269,13 @@ class Resolved:
     decoder_backend: str = ""
 
 
-def resolve_dtype(options: EngineOptions, checkpoint_dtype: str) -> str:
-    """The torch dtype name of weights and activations."""
+def resolve_dtype(options: EngineOptions, checkpoint_dtype: str, device: str) -> str:
+    """The torch dtype name of weights and activations; "auto" avoids float16 on a CPU, where nothing runs it fast."""
     name = str(options.dtype).removeprefix("torch.")
-    if name == "auto":
-        return checkpoint_dtype if checkpoint_dtype in ELEMENT_SIZES else "float32"
-    return DTYPES[name]
+    if name != "auto":
+        return DTYPES[name]
+    kept = checkpoint_dtype if checkpoint_dtype in ELEMENT_SIZES else "float32"
+    return "bfloat16" if (kept, device) == ("float16", "cpu") else kept
 
 
 def resolve_context(options: EngineOptions, context: int) -> tuple[int, str]:
@@ -306,8 +306,8 @@ def resolve(
         value, reasons[name] = (given, "given") if given is not None else otherwise()
         return value
 
-    dtype = resolve_dtype(options, model.dtype)
-    reasons["dtype"] = "given" if options.dtype != "auto" else "the checkpoint's"
+    dtype = resolve_dtype(options, model.dtype, machine.device)
+    reasons["dtype"] = "given" if options.dtype != "auto" else f"for a checkpoint of {model.dtype}"
     kv_dtype = _resolve_kv_dtype(options, dtype)
     max_model_len, reasons["max_model_len"] = resolve_context(options, model.context)
     on_cpu = machine.device == "cpu"

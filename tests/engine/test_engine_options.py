@@ -278,7 +278,6 @@ def test_log_stats_write_a_line_only_when_asked(
         ({"long_prefill_token_threshold": -1}, "long_prefill_token_threshold must be at least 0"),
         ({"tokenizer_mode": "fancy"}, "fancy"),
         ({"load_format": "pickle"}, "load_format must be"),
-        ({"quantization": "awq"}, "quantization='awq'"),
         ({"tensor_parallel_size": 2}, "tensor_parallel_size=2"),
         ({"gpu_memory_utilization": 1.5}, "gpu_memory_utilization must be"),
         ({"generation_config": "mine"}, "generation_config must be"),

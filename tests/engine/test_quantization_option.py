@@ -195,8 +195,10 @@ def test_what_cannot_be_quantized_so_is_refused_with_a_way_out(tmp_path: Path) -
     plain = write_checkpoint(tmp_path / "plain", tokenizer=False)
     packed = quantized(write_checkpoint(tmp_path / "packed", tokenizer=False), quant_method="awq", bits=4)
     unknown = refused(plain, quantization="sevenbit")
-    assert unknown.startswith("ConfigError: quantization='sevenbit' is no registered scheme")
+    assert unknown.startswith("CheckpointError:")
+    assert "is not quantized, and quantization='sevenbit' is no registered scheme" in unknown
     assert "int8 (quantizes plain weights)" in unknown
+    assert refused(plain, quantization="awq").startswith("CheckpointError:")
     assert "kvpage_quantization_schemes" in unknown
     nobody = refused(packed)
     assert nobody.startswith("CheckpointError:")

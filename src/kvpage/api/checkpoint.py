@@ -17,8 +17,13 @@ if TYPE_CHECKING:
 MAX_JSON_BYTES = 64 * 2**20
 
 
+OWN_FILES = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
+"""Where older tools left ``quantization_config``, and the ``quant_method`` that such a file means without one."""
+
+
 def read_config(folder: Path) -> dict[str, Any]:
-    """The config.json of ``folder``.
+    """The config.json of ``folder``; where it has no ``quantization_config``, with that of auto-gptq's or AutoAWQ's
+    own file.
 
     Raises:
         CheckpointError: no such file, or not a JSON object.
@@ -29,7 +34,14 @@ def read_config(folder: Path) -> dict[str, Any]:
             f"{folder} has no config.json; give the folder of a checkpoint in Hugging Face layout "
             "(config.json, *.safetensors, tokenizer files)"
         )
-    return read_json_object(path)
+    config = read_json_object(path)
+    if config.get("quantization_config") is None:
+        for name, method in OWN_FILES.items():
+            if (folder / name).is_file():
+                own = read_json_object(folder / name)
+                config["quantization_config"] = {**own, "quant_method": own.get("quant_method") or method}
+                break
+    return config
 
 
 def read_json_object(path: Path) -> dict[str, Any]:

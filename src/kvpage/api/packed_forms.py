@@ -246,6 +246,28 @@ class Fp8(PackedForm):
         for problem in _unfit("scales", self.scales, (rows, -(-inputs // self.group)), ("float32",)):
             raise ValueError(problem)
 
+    @classmethod
+    def of_blocks(cls, codes: torch.Tensor, scales: torch.Tensor, block: tuple[int, int]) -> Fp8:
+        """The form of ``codes`` [out, in] with a scale for each block of so many outputs and inputs.
+
+        Args:
+            scales: of any floating dtype, [ceil(out / block[0]), ceil(in / block[1])]; the last blocks may be cut
+                off. A scale a tensor is one block, a scale an output is a block of one output and all inputs.
+
+        Raises:
+            ValueError: tensors that do not fit each other.
+        """
+        rows, inputs = codes.shape
+        # No more rows than there are outputs: a block's size is only a number in a config.
+        spread = scales.float().repeat_interleave(min(block[0], max(rows, 1)), 0)[:rows]
+        return cls(codes=codes, scales=spread.contiguous(), group=min(block[1], max(inputs, 1)))
+
+    def has_nan(self) -> bool:
+        """Whether any code is one of E4M3's two NaN (0x7F, 0xFF); it has no infinity."""
+        import torch
+
+        return bool(self.codes.view(torch.uint8).bitwise_and(0x7F).eq_(0x7F).any())
+
     @property
     def shape(self) -> tuple[int, ...]:
         """(out, in), of the codes."""

@@ -131,6 +131,10 @@ class LinearKernel(ABC):
 
     name: ClassVar[str]
 
+    keeps_form: ClassVar[bool] = True
+    """``False``: it computes any form from plain numbers. The loader holds what only such kernels support as plain
+    numbers to begin with."""
+
     def __init__(self, env: LinearEnv) -> None:
         self.env = env
 

@@ -1,5 +1,6 @@
-"""``kvpage plan``: will a model fit. Reads config.json and safetensors headers; loads no torch, but for a CPU: there the
-backends of this installation are asked how they lay KV out."""
+"""``kvpage plan``: will a model fit. Reads config.json and safetensors headers; loads no torch, but for a CPU, where the
+backends of this installation are asked how they lay KV out, and for a quantized checkpoint, whose scheme is asked what it
+makes of each matrix."""
 
 from __future__ import annotations
 
@@ -17,6 +18,7 @@ from kvpage.errors import ConfigError
 from kvpage.flags.engine import add_engine_flags, add_model_argument, chosen_model, engine_options
 from kvpage.flags.parser import CommandParser
 from kvpage.inspect.checkpoint import planned_model
+from kvpage.inspect.held import Holding
 from kvpage.inspect.machine import available_memory, nvidia_gpus
 from kvpage.inspect.plan import BlockLayout, Devices, Layouts, PlannedModel, plan_memory
 from kvpage.plugins import BackendChoice, PluginRegistry
@@ -46,10 +48,19 @@ def run(arguments: Sequence[str]) -> int:
     options = EngineOptions(model=chosen_model(namespace), **engine_options(namespace))
     registry, devices = PluginRegistry(), planned_devices(namespace, options)
     model = planned_model(options, registry)
+    if model.quantization_config and model.stored:
+        model = replace(model, holding=_holding(options, registry))
     layouts = cpu_layouts(model, options, registry) if devices.kind == "cpu" else None
     plan = plan_memory(model, options, devices, layouts)
     print(json.dumps(plan.to_dict(), indent=2) if namespace.json else plan.to_text())
     return OK if plan.fits else NO
+
+
+def _holding(options: EngineOptions, registry: PluginRegistry) -> Holding | None:
+    with undivided():  # torch, as the backends themselves
+        from kvpage.engine.held import planned_holding
+
+    return planned_holding(options, registry)
 
 
 def cpu_layouts(model: PlannedModel, options: EngineOptions, registry: PluginRegistry) -> Layouts:
@@ -64,7 +75,7 @@ def cpu_layouts(model: PlannedModel, options: EngineOptions, registry: PluginReg
         return choose_backends(asked, registry, model.spec, "cpu", dtype, logging.DEBUG).attention
 
     def layout(turned: EngineOptions) -> BlockLayout:
-        dtype = resolve_dtype(turned, model.dtype)
+        dtype = resolve_dtype(turned, model.dtype, "cpu")
         chosen = choice(dtype)
         groups = laid_out_facts(turned, model.spec, "cpu", dtype, chosen)
         return BlockLayout(

@@ -60,7 +60,8 @@ def explain(arguments: Sequence[str]) -> int:
         from kvpage.engine.source import define_model, find_model
     source = find_model(options, registry, weights=False)
     definition, _ = define_model(options, source, registry)
-    device, dtype = find_device(options.device), resolve_dtype(options, source.config.dtype or "float32")
+    device = find_device(options.device)
+    dtype = resolve_dtype(options, source.config.dtype or "float32", device.partition(":")[0])
     need = attention_need(options, definition.spec, device, dtype)
     scheme = find_scheme(options, source.config, registry)
     backends = choose_backends(options, registry, definition.spec, device, dtype)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 from kvpage.api.model import PagedModelSpec
@@ -79,13 +79,16 @@ def build_engine(options: EngineOptions, plugins: PluginRegistry | None) -> Engi
     scheme = find_scheme(options, source.config, registry)
     spec = definition.spec
     device = find_device(options.device)
-    dtype = resolve_dtype(options, source.config.dtype or "float32")
+    own_dtype = source.config.dtype or "float32"
+    if source.module is not None and options.dtype == "auto" and own_dtype == "float16":
+        options = replace(options, dtype=own_dtype)  # its weights are shared as they are
+    dtype = resolve_dtype(options, own_dtype, device)
     backends = choose_backends(options, registry, spec, device, dtype)
     arena = Arena()
     try:
         made = make_model(options, source, definition, scheme, backends, arena)
         groups = laid_out_facts(options, spec, device, dtype, backends.attention)
-        facts = ModelFacts(context=context, dtype=dtype, groups=groups)
+        facts = ModelFacts(context=context, dtype=own_dtype, groups=groups)
         config = resolve(options, facts, machine_facts(device), backends.attention.block_size)
         config = with_backends(config, backends, made.decoder, made.reason, path)
         for note in config.notes:

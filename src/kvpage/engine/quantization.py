@@ -55,9 +55,9 @@ def find_scheme(options: EngineOptions, config: HFConfig, registry: PluginRegist
     """What the checkpoint states or, for a plain one, ``options.quantization`` names; ``None``: weights stay plain.
 
     Raises:
-        CheckpointError: the checkpoint is quantized and no scheme reads its format.
-        ConfigError: ``quantization`` is unknown, contradicts the checkpoint, or needs a checkpoint of its format;
-            ``quantization_config`` has a key that the scheme does not take.
+        CheckpointError: the checkpoint is quantized and no scheme reads its format; ``quantization`` is unknown,
+            contradicts the checkpoint, or needs a checkpoint of its format.
+        ConfigError: ``quantization_config`` has a key that the scheme does not take.
         PluginError: the scheme cannot be imported.
     """
     records = registry.quantization_schemes()
@@ -69,12 +69,15 @@ def find_scheme(options: EngineOptions, config: HFConfig, registry: PluginRegist
     if record is None:
         record = next((record for record in records if options.quantization in record.methods), None)
     if record is None:
-        raise ConfigError(f"quantization={options.quantization!r} is no registered scheme; {_known(records)}")
+        raise CheckpointError(
+            f"{config.source} is not quantized, and quantization={options.quantization!r} is no registered scheme; "
+            f"{_known(records)}"
+        )
     given = dict(options.quantization_config or {})
     choice = SchemeChoice(record, _load(record), given)
     if not choice.kind.quantizes_plain:
         on_the_fly = [other.name for other in records if not other.methods]
-        raise ConfigError(
+        raise CheckpointError(
             f"quantization={options.quantization!r} reads checkpoints quantized so, and {config.source} is not "
             f"quantized: leave it out, or take one that quantizes while loading ({_names(on_the_fly)})"
         )
@@ -95,8 +98,8 @@ def _stated(
             f"{config.source} is quantized ({method}) and no loader for that is installed: {_known(records)}. Use the "
             "unquantized checkpoint, or install a plugin that reads it"
         )
-    if options.quantization not in (None, method, record.name):
-        raise ConfigError(
+    if options.quantization not in (None, method, record.name, *_aliases(record, method)):
+        raise CheckpointError(
             f"quantization={options.quantization!r} contradicts {config.source}, which is quantized by {method!r}: "
             "leave the option out, or give the unquantized checkpoint"
         )
@@ -111,6 +114,13 @@ def _stated(
             "quantization_config"
         )
     return SchemeChoice(record, _load(record), stated)
+
+
+def _aliases(record: QuantizationSchemeRecord, method: str) -> list[str]:
+    """Names of ``method`` by the kernels that vLLM runs it with ("gptq_marlin")."""
+    return [
+        name for name in record.methods if name.startswith(f"{method}_") or name.replace("_", "-") == method
+    ]
 
 
 def _load(record: QuantizationSchemeRecord) -> type[QuantScheme]:

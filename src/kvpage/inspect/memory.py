@@ -23,7 +23,8 @@ from kvpage.config import (
     kv_memory,
     resolve,
 )
-from kvpage.errors import ConfigError
+from kvpage.errors import CheckpointError, ConfigError
+from kvpage.inspect.held import HeldLine, held_lines
 from kvpage.inspect.model_size import PlannedModel, Quantization, WeightSizes, kv_heads_per_device, weigh
 from kvpage.inspect.plan_text import plan_text
 
@@ -93,6 +94,7 @@ class MemoryPlan:
         sequences: length -> how many sequences of that length fit at once.
         missing: what lacks before weights, activations, runtime and one KV block fit; 0 if they do.
         runnable: quantization formats that an engine of this installation runs.
+        held: how the quantized weights of the checkpoint are held, form by form.
         remedies: what to turn, where it does not fit or no sequence of ``max_model_len`` does.
     """
 
@@ -116,6 +118,7 @@ class MemoryPlan:
     sequences: Mapping[int, int]
     missing: int
     runnable: tuple[str, ...] = ()
+    held: tuple[HeldLine, ...] = ()
     remedies: Sequence[Remedy] = ()
 
     @property
@@ -231,7 +234,8 @@ def measure(
     nothing_free = MachineFacts(device=devices.kind, available=0, total=devices.memory)
     chosen = resolve(sized, facts, nothing_free, preferred)
     quantization = _quantization(model, options)
-    weights = weigh(model, dtype=chosen.dtype, ranks=ranks, quantization=quantization)
+    held = None if model.holding is None else model.holding(devices.kind, chosen.dtype, ranks)
+    weights = weigh(model, dtype=chosen.dtype, ranks=ranks, quantization=quantization, held=held)
     activations = activation_bytes(
         spec, dtype=chosen.dtype, tokens=chosen.max_num_batched_tokens, rows=chosen.max_num_seqs, ranks=ranks
     )
@@ -260,7 +264,7 @@ def measure(
         block_bytes=block_bytes, longest_sequence_bytes=longest + block_bytes,
         tokens=0 if missing else min(chosen.num_blocks) * chosen.block_size,
         sequences={length: 0 if missing else _sequences(facts.groups, chosen, length) for length in lengths},
-        missing=missing, runnable=tuple(sorted(model.schemes)),
+        missing=missing, runnable=tuple(sorted(model.schemes)), held=held_lines(held or {}, ranks),
     )  # fmt: skip
 
 
@@ -295,8 +299,10 @@ def _laid_out(facts: ModelFacts, layout: BlockLayout, ranks: int) -> tuple[Model
 def _quantization(model: PlannedModel, options: EngineOptions) -> Quantization | None:
     config = model.quantization_config
     stated = config.get("quant_method")
-    if stated is not None and options.quantization not in (None, stated):
-        raise ConfigError(
+    scheme = model.schemes.get(str(stated))
+    names = (None, stated, *(() if scheme is None else (scheme.name, *scheme.methods)))
+    if stated is not None and options.quantization not in names:
+        raise CheckpointError(
             f"quantization={options.quantization!r} contradicts {model.name}, which is quantized by {stated!r}: "
             "leave the option out, or give the unquantized checkpoint"
         )

@@ -18,6 +18,7 @@ from kvpage.api.quant import CheckpointView
 from kvpage.api.records import QuantizationSchemeRecord
 from kvpage.config import ELEMENT_SIZES
 from kvpage.errors import CheckpointError, ConfigError
+from kvpage.inspect.held import Held, Holding, held_bytes
 
 if TYPE_CHECKING:
     from kvpage.models.fallback.spec import FallbackSpec
@@ -160,7 +161,8 @@ class PlannedModel:
 
     ``model_path``: by which path it runs. ``stored`` is empty for a folder with nothing but a config; ``quantization_config`` is the checkpoint's own.
     ``schemes``: formats that an engine of this installation loads (or quantizes to).
-    ``on_the_fly``: those of them that quantize plain weights.
+    ``on_the_fly``: those of them that quantize plain weights. ``holding``: how a quantized checkpoint's weights are
+    held, by its scheme and the kernels of this installation.
     """
 
     name: str
@@ -172,12 +174,20 @@ class PlannedModel:
     quantization_config: Mapping[str, Any] = field(default_factory=dict)
     schemes: Mapping[str, QuantizationSchemeRecord] = field(default_factory=dict)
     on_the_fly: tuple[str, ...] = ()
+    holding: Holding | None = None
 
 
-def weigh(model: PlannedModel, *, dtype: str, ranks: int, quantization: Quantization | None) -> WeightSizes:
+def weigh(
+    model: PlannedModel,
+    *,
+    dtype: str,
+    ranks: int,
+    quantization: Quantization | None,
+    held: Held | None = None,
+) -> WeightSizes:
     """Bytes of the weights once loaded as ``dtype`` on ``ranks`` devices.
 
-    A tensor found in the file headers counts with its real size (floating ones converted to ``dtype``); any
+    What ``held`` has counts as that says. A tensor found in the file headers counts with its real size (floating ones converted to ``dtype``); any
     other as its spec says, packed as ``quantization`` says. Where ``quantization`` is not the checkpoint's own,
     plain weights count as packed too.
     """
@@ -191,7 +201,11 @@ def weigh(model: PlannedModel, *, dtype: str, ranks: int, quantization: Quantiza
     count = found = seen = 0
     for parameter in parameters(model.spec):
         elements = math.prod(parameter.shape)
-        nbytes = _stored_bytes(model, modules, parameter, elements, element)
+        known = None if held is None else held.get(parameter.name)
+        if known is None:
+            nbytes = _stored_bytes(model, modules, parameter, elements, element)
+        else:
+            nbytes = held_bytes(known, ranks)
         seen += 1
         found += nbytes is not None
         unknown = nbytes is None or becomes_packed

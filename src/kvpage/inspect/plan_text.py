@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from kvpage.inspect.held import held_text
+
 if TYPE_CHECKING:
     from kvpage.inspect.memory import MemoryPlan
 
@@ -86,6 +88,7 @@ def _sums(plan: MemoryPlan) -> Iterator[str]:
     for part, size in plan.weights.total.items():
         yield row(f"  {part}", plan.weights.per_device[part], size)
     chosen = plan.resolved
+    yield from held_text(plan.held, chosen.dtype, readable_bytes)
     yield row(
         "activations, at most",
         plan.activations,

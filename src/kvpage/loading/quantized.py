@@ -10,7 +10,7 @@ import torch
 
 from kvpage.api.model import WeightRef
 from kvpage.api.parameters import Parameter
-from kvpage.api.quant import CheckpointView, LinearSpec, QuantScheme, TensorSpec, WeightForm
+from kvpage.api.quant import CheckpointView, Dense, LinearSpec, QuantScheme, TensorSpec, WeightForm
 from kvpage.errors import CheckpointError, KvpageError, PluginError
 from kvpage.loading.places import ranges
 
@@ -32,10 +32,12 @@ class QuantizedWeights:
         parameters, refs: all of the model, and where they lie.
         read_plain: a plain weight [out, in] in the checkpoint's dtype, for schemes that quantize those.
         plain_pieces: the same, a few outputs after another; each is valid until the next is taken.
+        computed: whether a kernel computes a form as it is held. Any other is dequantized to ``dtype``.
 
     Attributes:
         packed: parameters that lie in tensors of the scheme's own, not in plain ones.
         tensor_names: those tensors.
+        dequantized: names of the matrices that no kernel computes packed.
 
     Raises:
         CheckpointError: one of its tensors is missing or has another shape or dtype.
@@ -50,16 +52,19 @@ class QuantizedWeights:
         refs: Mapping[str, WeightRef],
         read_plain: Callable[[Parameter], torch.Tensor],
         plain_pieces: Callable[[Parameter], Iterator[torch.Tensor]],
+        computed: Callable[[WeightForm], bool],
+        dtype: torch.dtype,
     ) -> None:
         self._scheme, self._view, self._refs = scheme, view, refs
+        self._computed, self._dtype = computed, dtype
         self._read_plain, self._plain_pieces = read_plain, plain_pieces
         self._matrices: dict[str, _Matrix] = {}
         self.packed: set[str] = set()
         self.tensor_names: set[str] = set()
+        self.dequantized: dict[str, None] = {}
         if scheme is None:
             return
-        self._release: Callable[[str], None] | None = getattr(view, "release", None)
-        for linear in _linears(scheme, parameters, refs):
+        for linear in linears_of(scheme, parameters, refs):
             with _blamed(scheme, linear):
                 tensors = _stated(scheme.tensors(linear, view))
             if not tensors:
@@ -86,11 +91,14 @@ class QuantizedWeights:
         start = 0
         for part in held:
             at = start
+            matrix = self._matrices[part.name]
             for form in self._forms(part):
-                with _blamed(self._scheme, self._matrices[part.name].linear):
+                with _blamed(self._scheme, matrix.linear):
                     housed = rooms.put(form, at, same=at > start)
                 at += form.shape[0]
-            with _blamed(self._scheme, self._matrices[part.name].linear):
+            if matrix.form is None:
+                self._let_go(matrix)
+            with _blamed(self._scheme, matrix.linear):
                 forms[part.name] = rooms.get(housed, start, at) if self._by_rows else housed
             start += part.shape[0]
         return forms
@@ -108,6 +116,13 @@ class QuantizedWeights:
         for piece in self._plain_pieces(parameter):
             linear = replace(matrix.linear, out_features=piece.shape[0])
             yield self._made(linear, {"weight": piece})
+
+    def _let_go(self, matrix: _Matrix) -> None:
+        """Its tensors were used: a view of files gives their pages back."""
+        release: Callable[[str], None] | None = getattr(self._view, "release", None)
+        if release is not None and self._scheme is not None and not self._scheme.quantizes_plain:
+            for suffix in matrix.tensors:
+                release(f"{matrix.linear.name}.{suffix}")
 
     def _check(self, linear: LinearSpec, tensors: Mapping[str, TensorSpec]) -> None:
         """Every tensor is there as the scheme expects it, and the weight is not there a second time, plain."""
@@ -163,7 +178,11 @@ class QuantizedWeights:
                 f"quantization scheme {type(self._scheme).__name__} made a form of shape {list(shape)} "
                 f"of {linear.name!r}, expected {list(expected)}"
             )
-        return form
+        if isinstance(form, Dense) or self._computed(form):
+            return form
+        self.dequantized[linear.name] = None
+        with _blamed(self._scheme, linear):
+            return Dense(form.dequantize().to(self._dtype))
 
     def _tensors(self, parameter: Parameter, matrix: _Matrix) -> dict[str, torch.Tensor]:
         assert self._scheme is not None
@@ -219,7 +238,7 @@ class _Rooms:
         return _a_form(form.map(whole), "map()")
 
 
-def _linears(
+def linears_of(
     scheme: QuantScheme, parameters: Sequence[Parameter], refs: Mapping[str, WeightRef]
 ) -> list[LinearSpec]:
     """The matrices that ``scheme`` is asked about: as they are stored, or plain ones one a parameter.
@@ -231,11 +250,9 @@ def _linears(
     stored: dict[str, list[Parameter]] = {}
     for parameter in parameters:
         ref = refs[parameter.name]
-        if parameter.kind == "linear":
-            asked = by_parameter or ref.index is None
-        else:
-            asked = by_parameter and scheme.quantizes_tables and parameter.name == "embed.weight"
-        if asked:
+        whole = by_parameter or ref.index is None
+        asked = parameter.kind == "linear" or (scheme.quantizes_tables and parameter.name == "embed.weight")
+        if asked and whole:
             stored.setdefault(parameter.name if by_parameter else ref.name, []).append(parameter)
     return [
         LinearSpec(
@@ -246,6 +263,29 @@ def _linears(
         )
         for members in stored.values()
     ]
+
+
+def packed_names(view: CheckpointView) -> set[str]:
+    """The view's names, and for each module that holds tensors the name that its plain weight would have."""
+    return {*view.names(), *(f"{name.rpartition('.')[0]}.weight" for name in view.names())}
+
+
+def sketch(scheme: QuantScheme, linear: LinearSpec, view: CheckpointView) -> WeightForm | None:
+    """The form that ``scheme`` will make of ``linear``, of meta tensors; ``None`` where it cannot say, or stores it plain."""
+    tensors = scheme.tensors(linear, view)
+    if not tensors:
+        return None
+    form = scheme.sketch(linear, view)
+    if form is not None:
+        return form
+    empty = {
+        suffix: torch.empty(spec.shape, dtype=getattr(torch, spec.dtype), device="meta")
+        for suffix, spec in tensors.items()
+    }
+    try:
+        return scheme.to_form(linear, empty)
+    except (RuntimeError, NotImplementedError):  # a number was asked for, which a meta tensor does not have
+        return None
 
 
 def _stated(answer: object) -> dict[str, TensorSpec]:

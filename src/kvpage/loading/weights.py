@@ -19,7 +19,7 @@ from kvpage.api.quant import CheckpointView, Dense, QuantScheme, WeightForm
 from kvpage.errors import CheckpointError
 from kvpage.loading.memory import Arena
 from kvpage.loading.places import columns, entry_shape, fits, present, ranges
-from kvpage.loading.quantized import QuantizedWeights
+from kvpage.loading.quantized import QuantizedWeights, packed_names
 
 FLOATS = frozenset({"float64", "float32", "float16", "bfloat16"})
 KNOWN_BUFFERS = (".inv_freq", ".masked_bias", ".attn.bias", ".attention.bias", "position_ids")
@@ -41,6 +41,7 @@ def load_weights(
     device: torch.device | str,
     arena: Arena,
     scheme: QuantScheme | None = None,
+    computed: Callable[[WeightForm], bool] = lambda form: True,
     progress: Callable[[int, int], None] | None = None,
 ) -> LoadedWeights:
     """Every parameter of ``definition``, in ``dtype`` on ``device``; CPU memory comes from ``arena``.
@@ -50,13 +51,14 @@ def load_weights(
 
     Args:
         scheme: gives the forms of the linear weights (and tables) that it holds; without one all are ``Dense``.
+        computed: whether a kernel computes a form packed; any other is dequantized to ``dtype`` as it is loaded.
         progress: called with (bytes so far, bytes in all) of the weights in ``dtype``.
 
     Raises:
         CheckpointError: a tensor is missing, or has another shape or dtype than model or scheme expect.
         PluginError: ``scheme`` fails, or gives a form of another shape.
     """
-    loader = _Loader(definition, view, dtype, torch.device(device), arena, scheme, progress)
+    loader = _Loader(definition, view, dtype, torch.device(device), arena, scheme, computed, progress)
     return loader.load()
 
 
@@ -69,6 +71,7 @@ class _Loader:
         device: torch.device,
         arena: Arena,
         scheme: QuantScheme | None,
+        computed: Callable[[WeightForm], bool],
         progress: Callable[[int, int], None] | None,
     ) -> None:
         self._view, self._dtype, self._device, self._arena, self._progress = (
@@ -80,15 +83,21 @@ class _Loader:
         )
         self._names = view.names()
         self._parameters = list(parameters(definition.spec))
-        known = self._names
-        if scheme is not None and not scheme.quantizes_plain:
-            # A packed weight has no tensor of its own name, but others beside where that would be.
-            known = {*known, *(f"{name.rpartition('.')[0]}.weight" for name in known)}
+        # A packed weight has no tensor of its own name, but others beside where that would be.
+        packs = scheme is not None and not scheme.quantizes_plain
+        known = packed_names(view) if packs else self._names
         self._refs = {name: present(ref, known) for name, ref in definition.weights.items()}
         if definition.spec.head.tied:
             self._untie()
         self._quantized = QuantizedWeights(
-            scheme, view, self._parameters, self._refs, self._read_plain, self._plain_pieces
+            scheme,
+            view,
+            self._parameters,
+            self._refs,
+            self._read_plain,
+            self._plain_pieces,
+            computed,
+            dtype,
         )
         self._total = sum(_count(parameter) for parameter in self._parameters) * dtype.itemsize
         self._done = 0
@@ -111,7 +120,7 @@ class _Loader:
             self._done += sum(_count(part) for part in block) * self._dtype.itemsize
             if self._progress is not None:
                 self._progress(self._done, self._total)
-        return LoadedWeights(weights, tuple(self._unused()))
+        return LoadedWeights(weights, (*self._unused(), *self._dequantized()))
 
     def _untie(self) -> None:
         """Follow what the checkpoint holds where its config says that the head is the embedding."""
@@ -134,6 +143,7 @@ class _Loader:
     def _check(self, parameter: Parameter) -> None:
         ref = self._refs[parameter.name]
         if ref.name not in self._names:
+            self._refuse_packed(ref.name)
             raise CheckpointError(
                 f"{self._view.where(ref.name)}: tensor {ref.name!r} of shape {list(parameter.shape)} is missing; "
                 "the checkpoint is incomplete, or its config.json belongs to another model"
@@ -151,6 +161,19 @@ class _Loader:
             raise CheckpointError(
                 f"{self._view.where(ref.name)}: tensor {ref.name!r} is {info.dtype}; weights are expected as "
                 f"{', '.join(sorted(FLOATS))} (quantized checkpoints need a quantization_config and its plugin)"
+            )
+
+    def _refuse_packed(self, name: str) -> None:
+        """Name the tensors of a quantized checkpoint whose config does not say so, or names another format."""
+        module = name.rpartition(".")[0]
+        packed = sorted(
+            other.removeprefix(f"{module}.") for other in self._names if other.startswith(f"{module}.")
+        )
+        if packed and module:
+            raise CheckpointError(
+                f"{self._view.where(f'{module}.{packed[0]}')}: {name!r} is not there, but {', '.join(packed[:6])} of the "
+                "same module are: the weights are quantized and config.json's quantization_config does not say how; "
+                "restore it from where the checkpoint came from"
             )
 
     def _check_shared_tensors(self) -> None:
@@ -243,10 +266,32 @@ class _Loader:
 
     def _unused(self) -> Iterator[str]:
         used = {ref.name for ref in self._refs.values()} | self._quantized.tensor_names
-        unused = sorted(name for name in self._names if name not in used and not name.endswith(KNOWN_BUFFERS))
+        unused = sorted(
+            name
+            for name in self._names
+            if name not in used and not name.endswith(KNOWN_BUFFERS) and not self._adds_nothing(name)
+        )
         if unused:
             some = ", ".join(unused[:4]) + (" ..." if len(unused) > 4 else "")
             yield f"{len(unused)} tensors of the checkpoint are not used by this model: {some}"
+
+    def _dequantized(self) -> Iterator[str]:
+        names = list(self._quantized.dequantized)
+        if names:
+            dtype = str(self._dtype).removeprefix("torch.")
+            some = ", ".join(names[:3]) + (" ..." if len(names) > 3 else "")
+            yield (
+                f"{len(names)} quantized weights are held in {dtype}, since no kernel on {self._device.type} computes "
+                f"them packed: {some}"
+            )
+
+    def _adds_nothing(self, name: str) -> bool:
+        """A bias of zeros beside a packed weight, as auto-gptq writes where the model has none."""
+        module, _, part = name.rpartition(".")
+        packed = part == "bias" and any(
+            other.startswith(f"{module}.") for other in self._quantized.tensor_names
+        )
+        return packed and not bool(self._view.read(name).any())
 
 
 def _count(parameter: Parameter) -> int:

@@ -50,7 +50,7 @@ class HFConfig:
 
     @classmethod
     def from_folder(cls, folder: Path) -> HFConfig:
-        """Read ``folder``/config.json.
+        """Read ``folder``/config.json, and what older tools wrote beside it (``read_config``).
 
         Raises:
             CheckpointError: no such file, not JSON, not an object.

@@ -66,12 +66,15 @@ class Int8Linear(LinearKernel):
 
 
 class DequantizeLinear(DenseLinear):
-    """Any form, computed as the plain numbers it stands for: the reference, and what runs where nothing else does.
+    """Any form, computed as the plain numbers it stands for.
 
-    The weight exists a second time, in the model's dtype and outside the engine's arena.
+    The weight exists a second time, in the model's dtype and outside the engine's arena: the loader therefore holds
+    weights that no other kernel computes as plain numbers, and this one is left with weights that a kernel supports
+    and then fails on.
     """
 
     name: ClassVar[str] = "dequantize"
+    keeps_form: ClassVar[bool] = False
     __slots__ = ()
 
     @classmethod

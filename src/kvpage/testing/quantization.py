@@ -254,6 +254,7 @@ class QuantSchemeConformance(ConformanceSuite):
         tried = 0
         for spec in given.linears:
             form, specs = self.load(given, spec), self._specs(given, spec)
+            part: WeightForm | None
             by_outputs = spec.cut == "outputs"
             length = spec.out_features if by_outputs else spec.in_features
             if length % ranks:
