@@ -91,3 +91,13 @@ class CheckpointReader(ABC):
     def tokenizer(self) -> str | None:
         """The tokenizer as the text of a tokenizer.json; ``None``: the tokenizer files of the folder are used."""
         return None
+
+    def tokenizer_config(self) -> Mapping[str, Any] | None:
+        """What stands in for the folder's tokenizer_config.json (special tokens, ``chat_template``) and its template
+        files beside ``tokenizer``; ``None``: the folder's are used."""
+        return None
+
+    def generation_config(self) -> Mapping[str, Any] | None:
+        """What stands in for the folder's generation_config.json: sampling defaults, and the tokens that end a text;
+        ``None``: the folder's is used."""
+        return None

@@ -222,11 +222,13 @@ def _tokenizer(options: EngineOptions, source: Source) -> Tokenizer | None:
         str(chosen), revision=options.tokenizer_revision, download_dir=options.download_dir, token=options.hf_token
     )  # fmt: skip
     assert folder is not None, "either the model or the option names a folder"
+    text, stated = source.own_tokenizer() if chosen is None else (None, None)
     return load_tokenizer(
         folder,
         mode=cast(Any, options.tokenizer_mode),
         trust_remote_code=options.trust_remote_code,
-        tokenizer_json=source.own_tokenizer() if chosen is None else None,
+        tokenizer_json=text,
+        tokenizer_config=stated,
     )
 
 
@@ -252,6 +254,7 @@ def _templates(options: EngineOptions, tokenizer: Tokenizer | None) -> ChatTempl
 
 def _generation(options: EngineOptions, source: Source) -> GenerationDefaults:
     if source.folder is not None:
-        return GenerationDefaults.from_folder(source.folder)
+        own = source.own_generation_config()
+        return GenerationDefaults.from_folder(source.folder) if own is None else GenerationDefaults.from_dict(own)
     stated = getattr(source.module, "generation_config", None)
     return GenerationDefaults() if stated is None else GenerationDefaults.from_dict(stated.to_dict())

@@ -36,12 +36,25 @@ class Source:
     config: HFConfig
     reader: CheckpointReader | None = None
 
-    def own_tokenizer(self) -> str | None:
-        """The tokenizer that the checkpoint itself holds, as the text of a tokenizer.json."""
+    def own_tokenizer(self) -> tuple[str | None, Mapping[str, Any] | None]:
+        """The tokenizer that the checkpoint itself holds, as the text of a tokenizer.json, and its tokenizer_config."""
+        if self.reader is None or self.folder is None:
+            return None, None
+        name = type(self.reader).__name__
+        text: str | None = _ask(name, self.folder, self.reader.tokenizer)
+        if text is None:
+            return None, None
+        stated: Mapping[str, Any] | None = _ask(name, self.folder, self.reader.tokenizer_config)
+        return text, stated
+
+    def own_generation_config(self) -> Mapping[str, Any] | None:
+        """The generation_config that the checkpoint itself holds."""
         if self.reader is None or self.folder is None:
             return None
-        text: str | None = _ask(type(self.reader).__name__, self.folder, self.reader.tokenizer)
-        return text
+        stated: Mapping[str, Any] | None = _ask(
+            type(self.reader).__name__, self.folder, self.reader.generation_config
+        )
+        return stated
 
 
 def find_model(options: EngineOptions, registry: PluginRegistry, *, weights: bool = True) -> Source:

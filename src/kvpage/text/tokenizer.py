@@ -219,6 +219,7 @@ def load_tokenizer(
     mode: Literal["auto", "slow"] = "auto",
     trust_remote_code: bool = False,
     tokenizer_json: str | None = None,
+    tokenizer_config: Mapping[str, Any] | None = None,
 ) -> Tokenizer:
     """The tokenizer of a model folder.
 
@@ -231,6 +232,7 @@ def load_tokenizer(
         mode: "slow" goes through transformers even where there is a tokenizer.json.
         trust_remote_code: let transformers run the folder's own tokenizer code.
         tokenizer_json: what stands in for the folder's tokenizer.json, whatever ``mode`` is.
+        tokenizer_config: what then stands in for its tokenizer_config.json and template files.
 
     Raises:
         CheckpointError: no tokenizer there, or one that cannot be read.
@@ -240,6 +242,8 @@ def load_tokenizer(
         folder = folder.parent
     if not folder.is_dir():
         raise CheckpointError(f"no tokenizer: {folder} is not a folder: {WAY_OUT}")
+    if tokenizer_json is not None and tokenizer_config is not None:
+        return _load_own(tokenizer_json, tokenizer_config)
     config = _read_json(folder / CONFIG_FILE)
     if tokenizer_json is not None or (mode == "auto" and (folder / TOKENIZER_FILE).is_file()):
         return _load_fast(folder, config, tokenizer_json)
@@ -260,15 +264,31 @@ def wrap_tokenizer(transformers_tokenizer: Any) -> Tokenizer:
     )
 
 
-def _load_fast(folder: Path, config: Mapping[str, Any], text: str | None) -> Tokenizer:
-    """From ``text`` or, where that is ``None``, the folder's tokenizer.json."""
-    file = folder / TOKENIZER_FILE if text is None else "the tokenizer that the checkpoint holds"
+def _load_own(text: str, config: Mapping[str, Any]) -> Tokenizer:
+    """From what a checkpoint's own file holds."""
+    backend = _read_backend("the tokenizer that the checkpoint holds", text)
+    special_tokens = {name: text for name, value in config.items() if (text := _special_token(name, value))}
+    _add_missing_tokens(backend, config, special_tokens)
+    return FastTokenizer(
+        backend, special_tokens=special_tokens, chat_templates=named_templates(config.get("chat_template"))
+    )
+
+
+def _read_backend(file: Path | str, text: str | None) -> Backend:
+    """From ``text`` or, where that is ``None``, from ``file``."""
     try:
         backend = Backend.from_file(str(file)) if text is None else Backend.from_str(text)
     except Exception as error:  # the library raises plain Exception
         raise CheckpointError(f"{file} cannot be read ({error}): fetch it again, or {WAY_OUT}") from error
     backend.no_truncation()
     backend.no_padding()
+    return backend
+
+
+def _load_fast(folder: Path, config: Mapping[str, Any], text: str | None) -> Tokenizer:
+    """From ``text`` or, where that is ``None``, the folder's tokenizer.json."""
+    file = folder / TOKENIZER_FILE if text is None else "the tokenizer that the checkpoint holds"
+    backend = _read_backend(file, text)
     try:
         return _configured(backend, folder, config)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
