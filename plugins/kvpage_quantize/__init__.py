@@ -1,0 +1,1 @@
+"""``kvpage quantize``: writes quantized checkpoints that other engines load too."""
