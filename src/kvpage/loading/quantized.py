@@ -70,7 +70,8 @@ class QuantizedWeights:
             if not tensors:
                 continue
             if not scheme.quantizes_plain:
-                self._check(linear, tensors)
+                _check(view, linear, tensors)
+                self.tensor_names.update(f"{linear.name}.{suffix}" for suffix in tensors)
                 self.packed.update(linear.parameters)
             matrix = _Matrix(linear, tensors, set(linear.parameters))
             self._matrices.update(dict.fromkeys(linear.parameters, matrix))
@@ -124,31 +125,6 @@ class QuantizedWeights:
             for suffix in matrix.tensors:
                 release(f"{matrix.linear.name}.{suffix}")
 
-    def _check(self, linear: LinearSpec, tensors: Mapping[str, TensorSpec]) -> None:
-        """Every tensor is there as the scheme expects it, and the weight is not there a second time, plain."""
-        names = self._view.names()
-        for suffix, spec in tensors.items():
-            name = f"{linear.name}.{suffix}"
-            where = self._view.where(name)
-            if name not in names:
-                raise CheckpointError(
-                    f"{where}: tensor {name!r} of shape {list(spec.shape)}, {spec.dtype}, is missing; the checkpoint is "
-                    "incomplete, or its quantization_config belongs to another"
-                )
-            info = self._view.info(name)
-            if (info.shape, info.dtype) != (tuple(spec.shape), spec.dtype):
-                raise CheckpointError(
-                    f"{where}: tensor {name!r} should have shape {list(spec.shape)}, {spec.dtype}, by config.json, "
-                    f"found {list(info.shape)}, {info.dtype}; quantization_config and weights are not of one checkpoint"
-                )
-            self.tensor_names.add(name)
-        plain = f"{linear.name}.weight"
-        if "weight" not in tensors and plain in names:
-            raise CheckpointError(
-                f"{self._view.where(plain)}: {linear.name!r} is stored both quantized ({', '.join(tensors)}) and plain "
-                "(weight); the checkpoint must hold one of them"
-            )
-
     def _form(self, parameter: Parameter) -> WeightForm:
         """The form of one parameter; the matrix it lies in is read once, and forgotten with its last parameter."""
         assert self._scheme is not None, "without a scheme no parameter is asked for"
@@ -167,18 +143,12 @@ class QuantizedWeights:
             return _a_form(form.take(torch.cat(parts)), "take()")
 
     def _made(self, linear: LinearSpec, tensors: Mapping[str, torch.Tensor]) -> WeightForm:
-        """What the scheme makes of ``tensors``, of the shape that ``linear`` says."""
+        """What the scheme makes of ``tensors``, if a kernel computes that; else its values in the model's dtype."""
         assert self._scheme is not None
-        with _blamed(self._scheme, linear):
-            form = _a_form(self._scheme.to_form(linear, tensors), "to_form()")
-            shape = tuple(form.shape)
-        expected = (linear.out_features, linear.in_features)
-        if shape != expected:
-            raise PluginError(
-                f"quantization scheme {type(self._scheme).__name__} made a form of shape {list(shape)} "
-                f"of {linear.name!r}, expected {list(expected)}"
-            )
-        if isinstance(form, Dense) or self._computed(form):
+        form = _made(self._scheme, linear, tensors)
+        if isinstance(form, Dense):
+            return Dense(form.tensor.to(self._dtype))
+        if self._computed(form):
             return form
         self.dequantized[linear.name] = None
         with _blamed(self._scheme, linear):
@@ -286,6 +256,60 @@ def sketch(scheme: QuantScheme, linear: LinearSpec, view: CheckpointView) -> Wei
         return scheme.to_form(linear, empty)
     except (RuntimeError, NotImplementedError):  # a number was asked for, which a meta tensor does not have
         return None
+
+
+def read_form(scheme: QuantScheme, linear: LinearSpec, view: CheckpointView) -> WeightForm | None:
+    """The form of ``linear`` as ``scheme`` reads it, checked as for an engine; ``None``: it is stored plain.
+
+    Raises:
+        CheckpointError: one of its tensors is missing or not what it should be.
+        PluginError: the scheme itself fails.
+    """
+    with _blamed(scheme, linear):
+        stated = _stated(scheme.tensors(linear, view))
+    if not stated:
+        return None
+    _check(view, linear, stated)
+    return _made(scheme, linear, {suffix: view.read(f"{linear.name}.{suffix}") for suffix in stated})
+
+
+def _check(view: CheckpointView, linear: LinearSpec, tensors: Mapping[str, TensorSpec]) -> None:
+    """Every tensor is there as the scheme expects it, and the weight is not there a second time, plain."""
+    names = view.names()
+    for suffix, spec in tensors.items():
+        name = f"{linear.name}.{suffix}"
+        where = view.where(name)
+        if name not in names:
+            raise CheckpointError(
+                f"{where}: tensor {name!r} of shape {list(spec.shape)}, {spec.dtype}, is missing; the checkpoint is "
+                "incomplete, or its quantization_config belongs to another"
+            )
+        info = view.info(name)
+        if (info.shape, info.dtype) != (tuple(spec.shape), spec.dtype):
+            raise CheckpointError(
+                f"{where}: tensor {name!r} should have shape {list(spec.shape)}, {spec.dtype}, by config.json, "
+                f"found {list(info.shape)}, {info.dtype}; quantization_config and weights are not of one checkpoint"
+            )
+    plain = f"{linear.name}.weight"
+    if "weight" not in tensors and plain in names:
+        raise CheckpointError(
+            f"{view.where(plain)}: {linear.name!r} is stored both quantized ({', '.join(tensors)}) and plain "
+            "(weight); the checkpoint must hold one of them"
+        )
+
+
+def _made(scheme: QuantScheme, linear: LinearSpec, tensors: Mapping[str, torch.Tensor]) -> WeightForm:
+    """What the scheme makes of ``tensors``, of the shape that ``linear`` says."""
+    with _blamed(scheme, linear):
+        form = _a_form(scheme.to_form(linear, tensors), "to_form()")
+        shape = tuple(form.shape)
+    expected = (linear.out_features, linear.in_features)
+    if shape != expected:
+        raise PluginError(
+            f"quantization scheme {type(scheme).__name__} made a form of shape {list(shape)} "
+            f"of {linear.name!r}, expected {list(expected)}"
+        )
+    return form
 
 
 def _stated(answer: object) -> dict[str, TensorSpec]:
