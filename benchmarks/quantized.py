@@ -5,8 +5,7 @@
 
 The source is a plain Llama in Hugging Face layout (make_model.py makes one); its quantized copies are written to --work
 (quantized_models.py). Each runs in a process of its own, which is stopped while another one runs, and its turn comes once a
-round, so that all meet the same state of the machine. New tokens a second are those after the first: a run of 1 new token is
-taken off one of 1 + --tokens. Head and embedding of "int4" stay plain, as they do in the checkpoints of all formats but
+round, so that all meet the same state of the machine. New tokens a second are those after the first of every sequence. Head and embedding of "int4" stay plain, as they do in the checkpoints of all formats but
 GGUF's. Memory is the process's peak and what it holds after the runs (VmHWM, VmRSS), less the KV of the blocks that were
 used. Bound of one stream: the bytes of all weights that a token reads, over the read bandwidth measured beside the runs.
 """
@@ -52,24 +51,29 @@ def serve(source: Path, work: Path, name: str, new: int) -> None:
     context, memory = Context(threads=os.cpu_count() or 1), torch.zeros(256 << 20, dtype=torch.uint8)
     rng = random.Random(0)
 
-    def run(count: int, length: int, tokens: int) -> float:
-        prompts = [
-            {"prompt_token_ids": [rng.randrange(3, 30000) for _ in range(length)]} for _ in range(count)
-        ]
-        asked = SamplingParams(temperature=0.0, max_tokens=tokens, ignore_eos=True, detokenize=False)
+    def run(count: int, length: int) -> tuple[float, float]:
+        """Seconds until every sequence has its first token, and from there to the end."""
         engine.reset_prefix_cache()
+        asked = SamplingParams(temperature=0.0, max_tokens=1 + new, ignore_eos=True, detokenize=False)
         start = time.perf_counter()
-        engine.generate(prompts, asked, progress=False)
-        return time.perf_counter() - start
+        handles = [
+            engine.submit({"prompt_token_ids": [rng.randrange(3, 30000) for _ in range(length)]}, asked)
+            for _ in range(count)
+        ]
+        while not all(handle.output.outputs[0].token_ids for handle in handles):
+            engine.step()
+        first = time.perf_counter()
+        while engine.step():
+            pass
+        return first - start, time.perf_counter() - first
 
     for count, length in PROMPTS.values():
-        run(count, length, 1 + new)  # KV blocks and workspaces are touched for the first time here
+        run(count, length)  # KV blocks and workspaces are touched for the first time here
     print("ready", flush=True)
     for line in sys.stdin:
         count, length = PROMPTS[line.strip()]
         bandwidth = context.read_bandwidth(memory)
-        first = min(run(count, length, 1) for _ in range(2))
-        seconds = run(count, length, 1 + new) - first
+        first, seconds = run(count, length)
         status = Path("/proc/self/status").read_text()
         sizes = {key: int(status.split(f"{key}:")[1].split()[0]) * 1024 for key in ("VmHWM", "VmRSS")}
         answer = {"tokens_per_second": count * new / seconds, "prompts_per_second": count * length / first,

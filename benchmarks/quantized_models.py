@@ -43,7 +43,7 @@ def affine(
 def words(values: torch.Tensor) -> torch.Tensor:
     """Eight 4-bit values along the last dimension to an int32, the first in the lowest bits."""
     pairs = values[..., 0::2] | values[..., 1::2] << 4
-    return pairs.contiguous().view(torch.int32)
+    return pairs.reshape(-1).view(torch.int32).view(*values.shape[:-1], -1)
 
 
 def gptq(group: int, *, symmetric: bool, act_order: bool) -> Callable[[str, torch.Tensor], Tensors]:
