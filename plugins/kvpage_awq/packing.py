@@ -21,7 +21,7 @@ def gemm_codes(qweight: torch.Tensor) -> torch.Tensor:
     step = max(8, VALUES_AT_ONCE // (8 * inputs))
     for start in range(0, words, step):
         taken = qweight[:, start : start + step]
-        stored = taken.contiguous().view(torch.uint8).view(inputs, -1, 4)
+        stored = _bytes(taken).view(inputs, -1, 4)
         even, odd = stored[0::2], stored[1::2]
         low = (even & 15).bitwise_or_(odd << 4).permute(2, 1, 0)
         high = (even >> 4).bitwise_or_(odd & 0xF0).permute(2, 1, 0)
@@ -34,7 +34,7 @@ def gemm_codes(qweight: torch.Tensor) -> torch.Tensor:
 def gemm_zeros(qzeros: torch.Tensor) -> torch.Tensor:
     """int32 [groups, out / 8] -> uint8 [out, groups]."""
     groups, words = qzeros.shape
-    stored = qzeros.contiguous().view(torch.uint8).view(groups, words, 4).permute(1, 2, 0)
+    stored = _bytes(qzeros).view(groups, words, 4).permute(1, 2, 0)
     zeros = torch.empty((words, 8, groups), dtype=torch.uint8, device=qzeros.device)
     for byte, (first, second) in enumerate(BYTE_OUTPUTS):
         zeros[:, first] = stored[:, byte] & 15
@@ -44,12 +44,12 @@ def gemm_zeros(qzeros: torch.Tensor) -> torch.Tensor:
 
 def gemv_codes(qweight: torch.Tensor) -> torch.Tensor:
     """int32 [out, in / 8] -> uint8 [out, in / 2]: its bytes."""
-    return qweight.contiguous().view(torch.uint8)
+    return _bytes(qweight).view(qweight.shape[0], -1)
 
 
 def gemv_zeros(qzeros: torch.Tensor, groups: int) -> torch.Tensor:
     """int32 [out, words] -> uint8 [out, groups]; what the words hold beyond is padding."""
-    stored = qzeros.contiguous().view(torch.uint8)
+    stored = _bytes(qzeros).view(qzeros.shape[0], -1)
     return torch.stack((stored & 15, stored >> 4), 2).flatten(1)[:, :groups].contiguous()
 
 
@@ -64,13 +64,18 @@ def gemv_fast_codes(qweight: torch.Tensor) -> torch.Tensor:
     codes = torch.empty((quads * ROWS, inputs // 2), dtype=torch.uint8, device=qweight.device)
     step = max(1, VALUES_AT_ONCE // (ROWS * inputs))
     for start in range(0, quads, step):
-        stored = qweight[start : start + step].contiguous().view(torch.uint8)
-        count = stored.shape[0]
+        taken = qweight[start : start + step]
+        count = taken.shape[0]
         # [quad, run, output, 32 of the run, p, second input of a pair, 2 bytes of 2 inputs 8 apart]
-        parts = stored.view(count, inputs // STRIDE, ROWS, 2, 4, 2, 2)
+        parts = _bytes(taken).view(count, inputs // STRIDE, ROWS, 2, 4, 2, 2)
         even, odd = parts[..., 0, :], parts[..., 1, :]
         pairs = torch.stack(((even & 15) | (odd << 4), (even >> 4) | (odd & 0xF0)), -1)
         # [quad, output, run, 32 of the run, 4 inputs 8 apart, p]
         ordered = pairs.flatten(-2).permute(0, 2, 1, 3, 5, 4)
         codes[start * ROWS : (start + count) * ROWS] = ordered.reshape(count * ROWS, inputs // 2)
     return codes
+
+
+def _bytes(words: torch.Tensor) -> torch.Tensor:
+    """uint8, row after row. (``contiguous`` would leave a tensor of one row or column any strides.)"""
+    return words.clone(memory_format=torch.contiguous_format).view(-1).view(torch.uint8)

@@ -108,7 +108,8 @@ class Awq(QuantScheme):
         """The form of tensors that were checked, or are on the device "meta"."""
         qweight, scales = tensors["qweight"], tensors["scales"]
         qzeros = tensors["qzeros"] if "qzeros" in tensors else tensors["scaled_zeros"]
-        group = self._group(linear)
+        # The inputs of a rank are fewer than a group that was of all of them.
+        group = min(self._group(linear), linear.in_features)
         groups = linear.in_features // group
         if self._layout == "gemm":
             return GroupedInt(
@@ -174,14 +175,24 @@ class Awq(QuantScheme):
         """Groups divide the inputs, words the outputs; each layout has blocks of its own."""
         group = self._group(linear)
         if linear.in_features % group:
-            self._refuse(linear, "scales", f"inputs in groups of {group}", f"{linear.in_features} inputs")
+            self._refuse(
+                linear,
+                "scales",
+                f"inputs in groups of {group} by quantization_config",
+                f"{linear.in_features} inputs",
+            )
         if linear.out_features % PACK:
             self._refuse(linear, "qweight", f"outputs that {PACK} divides", f"{linear.out_features} outputs")
         block = {"gemm": 2, "gemv": PACK, "gemv_fast": STRIDE}[self._layout]
         if linear.in_features % block:
             self._refuse(linear, "qweight", f"inputs that {block} divides", f"{linear.in_features} inputs")
         if self._layout != "gemm" and group < 128 and group not in WORDS_AT_LEAST:
-            self._refuse(linear, "qzeros", "groups of 32, 64, or 128 and more", f"groups of {group}")
+            self._refuse(
+                linear,
+                "qzeros",
+                "groups of 32, 64, or 128 and more",
+                f"groups of {group} by quantization_config",
+            )
 
     def _check_layout(self, linear: LinearSpec, view: CheckpointView) -> None:
         """The shapes are not those of another layout. Of a square matrix only the scales tell GEMM from GEMV."""
@@ -221,8 +232,8 @@ class Awq(QuantScheme):
     def _refuse(self, linear: LinearSpec, suffix: str, expected: str, found: str) -> None:
         name = f"{linear.name}.{suffix}"
         raise CheckpointError(
-            f"{self._where(name)}: tensor {name!r} should have {expected} by quantization_config, found {found}; the file "
-            "is damaged, or quantization_config belongs to another: download it again"
+            f"{self._where(name)}: tensor {name!r} should have {expected}, found {found}; the file is "
+            "damaged, or quantization_config belongs to another: download it again"
         )
 
 

@@ -18,7 +18,7 @@ VALUES_AT_ONCE = 2**21
 def unpacked(words: torch.Tensor, bits: int) -> torch.Tensor:
     """int32 [n * bits / 32, columns] -> uint8 [n, columns]."""
     rows, columns = words.shape
-    stream = words.contiguous().view(torch.uint8).view(rows, columns, 4).permute(0, 2, 1)
+    stream = _bytes(words).view(rows, columns, 4).permute(0, 2, 1)
     # So many bytes hold a whole number of values.
     size = math.lcm(bits, 8) // 8
     parts = stream.reshape(rows * 4 // size, size, columns)
@@ -38,10 +38,10 @@ def weight_codes(qweight: torch.Tensor, bits: int, order: torch.Tensor | None) -
 
     Codes of 2 and 3 bits are raised by ``raised_by(bits)``. order: int64 [in], the input of each column.
     """
+    rows, outputs = qweight.shape
     if order is None and bits in (4, 8):
         # A column's words are its codes already.
-        return qweight.t().contiguous().view(torch.uint8)
-    rows, outputs = qweight.shape
+        return _bytes(qweight.t()).view(outputs, -1)
     inputs = rows * 32 // bits
     width = inputs if bits == 8 else inputs // 2
     codes = torch.empty((outputs, width), dtype=torch.uint8, device=qweight.device)
@@ -73,3 +73,8 @@ def zero_points(qzeros: torch.Tensor, bits: int, version: int) -> torch.Tensor:
     if version == 1 and bits not in ONE_IN_EVERY_FIELD:
         zeros = zeros.add_(1).bitwise_and_(2**bits - 1)
     return zeros
+
+
+def _bytes(words: torch.Tensor) -> torch.Tensor:
+    """uint8, row after row. (``contiguous`` would leave a tensor of one row or column any strides.)"""
+    return words.clone(memory_format=torch.contiguous_format).view(-1).view(torch.uint8)

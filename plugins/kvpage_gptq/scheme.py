@@ -159,7 +159,12 @@ class Gptq(QuantScheme):
         sizes = {"qweight": ("inputs", linear.in_features), "qzeros": ("outputs", linear.out_features)}
         for suffix, (what, size) in sizes.items():
             if size % values:
-                self._refuse(linear, suffix, f"{what} that {values} divides, of {settings.bits} bits", size)
+                self._refuse(
+                    linear,
+                    suffix,
+                    f"{what} that {values} divides, for {settings.bits} bits",
+                    f"{size} {what}",
+                )
 
     def _check_scales(self, linear: LinearSpec, scales: torch.Tensor) -> None:
         """A scale of 0 is a dead column."""
@@ -179,9 +184,13 @@ class Gptq(QuantScheme):
                 other, name = (2, "gptq_v2") if settings.version == 1 else (1, "gptq")
                 # All of them are what the other version stores.
                 mislabelled = bool((stored == 2 ** (bits - 1) - (other == 1)).all())
-                way_out = f'set checkpoint_format to "{name}"' if mislabelled else "set sym to false"
+                way_out = f'set its checkpoint_format to "{name}"' if mislabelled else "set its sym to false"
                 self._refuse(
-                    linear, "qzeros", f"only {expected}, since sym is true", int(wrong[0]), f"{way_out} there"
+                    linear,
+                    "qzeros",
+                    f"only {expected}, since quantization_config says sym",
+                    int(wrong[0]),
+                    way_out,
                 )
         elif not self._warned and bool((stored == highest).any()):
             self._warned = True
@@ -198,7 +207,7 @@ class Gptq(QuantScheme):
     ) -> None:
         name = f"{linear.name}.{suffix}"
         raise CheckpointError(
-            f"{self._where(name)}: tensor {name!r} should have {expected} by quantization_config, found {found}; "
+            f"{self._where(name)}: tensor {name!r} should have {expected}, found {found}; "
             f"{way_out or 'the file is damaged, or quantization_config belongs to another: download it again'}"
         )
 
