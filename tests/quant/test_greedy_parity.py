@@ -21,15 +21,15 @@ WRITER = runpy.run_path(str(Path(__file__).parents[2] / "benchmarks" / "quantize
 PROMPTS = [[1, 5, 9, 20, 33, 70], [1, 30, 31, 32], [2, 7, 90, 91, 92, 93, 94, 95, 96, 3]]
 NEW_TOKENS = 24
 SIZES = {
-    "vocab_size": 193, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32, "max_position_embeddings": 128,
+    "vocab_size": 193, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64, "max_position_embeddings": 128,
     "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "initializer_range": 0.1,
 }  # fmt: skip
 FAMILIES = {
     "LlamaForCausalLM": {},
     "Qwen2ForCausalLM": {},
     "Qwen3ForCausalLM": {"tie_word_embeddings": True},
-    "Gemma2ForCausalLM": {"query_pre_attn_scalar": 32},
+    "Gemma2ForCausalLM": {"query_pre_attn_scalar": 64},
     "Phi3ForCausalLM": {},
 }
 
