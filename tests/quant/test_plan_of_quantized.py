@@ -1,0 +1,85 @@
+"""kvpage plan says of a quantized checkpoint what stays packed, what does not, and what its bytes will be."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from kvpage.cli.main import main
+from kvpage.config import EngineOptions
+from kvpage.engine.held import computes, planned_holding
+from kvpage.engine.quantization import find_scheme
+from kvpage.engine.source import define_model, find_model, open_weights
+from kvpage.loading.memory import Arena
+from kvpage.loading.weights import load_weights
+from kvpage.plugins import PluginRegistry
+from kvpage.plugins.selection import choose_kernels
+
+DATA = Path(__file__).parent.parent / "data" / "quant"
+WHOLE = [
+    "awq-gemm-g32", "bnb-int8", "bnb-nf4-dq", "ct-fp8-dynamic", "ct-w4a16-sym-g32", "ct-w8a8-int8-dyn", "fp8-block-hf",
+    "gguf-q4_0/model.gguf", "gguf-q4_k-mix/model.gguf", "gguf-q8_0/model.gguf", "gptq-4bit-g32-asym-actorder",
+    "gptq-4bit-g32-sym",
+]  # fmt: skip
+
+
+def plan(capsys: pytest.CaptureFixture[str], name: str, *flags: str) -> str:
+    main(["plan", str(DATA / name), *flags])
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_the_planned_bytes_are_those_that_loading_takes(name: str) -> None:
+    options, registry = EngineOptions(model=str(DATA / name)), PluginRegistry()
+    source = find_model(options, registry)
+    definition, _ = define_model(options, source, registry)
+    choice = find_scheme(options, source.config, registry)
+    assert choice is not None
+    view = open_weights(options, source, definition)
+    kernel_of = computes(list(choose_kernels(registry.linear_kernels())[0].values()), "cpu", "bfloat16")
+    loaded = load_weights(
+        definition, view, dtype=torch.bfloat16, device="cpu", arena=Arena(), scheme=choice.open(view),
+        computed=lambda form: kernel_of(form) is not None,
+    )  # fmt: skip
+    holding = planned_holding(options, registry)
+    assert holding is not None
+    held = holding("cpu", "bfloat16", 1)
+    assert len(held) >= 14
+    for parameter, weight in held.items():
+        assert weight.nbytes == loaded.weights[parameter].nbytes, parameter
+
+
+def test_what_stays_packed_is_said_with_its_bytes_and_kernel(capsys: pytest.CaptureFixture[str]) -> None:
+    out = plan(capsys, "gptq-4bit-g32-asym-actorder", "--memory", "8GB", "--device", "cpu")
+    assert "14 matrices of 4-bit integers, groups of 32, zero points, act-order" in out
+    assert "stay packed, kernel cpu" in out
+
+
+def test_where_no_kernel_computes_a_form_its_plain_bytes_are_planned(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    out = plan(capsys, "gptq-4bit-g32-sym", "--gpu", "8GB", "--dtype", "bfloat16")
+    assert "14 matrices of 4-bit integers, groups of 32" in out
+    assert "dequantized to bfloat16 at load: no kernel here computes them packed" in out
+
+
+def test_ranks_whose_share_ends_within_a_group_cut_plain_numbers(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    flags = ("--memory", "8GB", "--device", "cpu", "-tp", "2")
+    ordered = plan(capsys, "gptq-4bit-g32-asym-actorder", *flags)
+    assert "4 matrices of 4-bit integers, groups of 32, zero points, act-order" in ordered
+    assert "dequantized to bfloat16 and then cut: a rank's share does not end where its groups do" in ordered
+    assert "and then cut" not in plan(capsys, "gptq-4bit-g32-sym", *flags)
+
+
+def test_the_numbers_are_in_json(capsys: pytest.CaptureFixture[str]) -> None:
+    found: dict[str, Any] = json.loads(plan(capsys, "awq-gemm-g32", "--memory", "8GB", "--json"))
+    assert found["quantization"] == "awq"
+    (line,) = found["held"]
+    assert line["matrices"] == 14
+    assert line["kernel"] == "cpu"
