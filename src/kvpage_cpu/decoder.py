@@ -13,7 +13,7 @@ from kvpage.api.model import AttentionSpec, DecoderEnv, DecoderSpec, StepContext
 from kvpage.api.quant import WeightForm
 from kvpage.errors import KvpageError
 from kvpage_cpu.attention import HEAD_DIMS, kv_type_of
-from kvpage_cpu.model_weights import ModelWeights, unfit_weights
+from kvpage_cpu.model_weights import ModelWeights
 from kvpage_cpu.native import open_library
 from kvpage_cpu.packing import context_for
 from kvpage_cpu.structs import KvpGroup, KvpStep
@@ -46,7 +46,7 @@ class CpuDecoder(DecoderBackend):
     def build(
         self, spec: DecoderSpec, weights: Mapping[str, WeightForm], env: DecoderEnv
     ) -> CpuModel | Reasons:
-        reasons = self.refuses(spec, env) or unfit_weights(spec, weights)
+        reasons = self.refuses(spec, env)
         if reasons:
             return Reasons(tuple(reasons))
         return CpuModel(spec, weights, env)

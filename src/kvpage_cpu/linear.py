@@ -16,7 +16,7 @@ DTYPES = ("float32", "bfloat16")
 
 
 class CpuLinear(LinearKernel):
-    """x @ weight.T + bias of an int8 or int4 weight, in panels of its own: the form it is made from is not kept."""
+    """x @ weight.T + bias of a packed weight, in panels of its own: the form it is made from is not kept."""
 
     name: ClassVar[str] = "cpu"
     __slots__ = ("_context", "_outputs", "_packed")
@@ -38,7 +38,7 @@ class CpuLinear(LinearKernel):
 
     def prepare(self, form: WeightForm, bias: torch.Tensor | None) -> None:
         self._context = context_for([form], self.env.dtype)
-        self._packed = pack(self._context, form, bias)
+        self._packed = pack(self._context, form, bias, exact=self.env.dtype == "float32")
         self._outputs = form.shape[0]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

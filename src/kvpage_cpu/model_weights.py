@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import logging
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -18,7 +19,7 @@ from kvpage.api.model import (
 )
 from kvpage.api.quant import Dense, WeightForm
 from kvpage_cpu.native import Context
-from kvpage_cpu.packing import PLAIN, PackedLinear, merge, pack, why_not
+from kvpage_cpu.packing import PLAIN, merge, pack, why_not
 from kvpage_cpu.structs import (
     LAYER,
     NORM_ALL,
@@ -33,59 +34,29 @@ from kvpage_cpu.structs import (
     KvpNorm,
 )
 
+LOG = logging.getLogger("kvpage")
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2")
 QK_NORMS = {"head": NORM_HEAD, "each_head": NORM_EACH_HEAD, "all": NORM_ALL}
 QKV = ("attention.q", "attention.k", "attention.v")
 
 
-def unfit_weights(spec: DecoderSpec, weights: Mapping[str, WeightForm]) -> list[str]:
-    """Why the native kernels cannot compute these weights; empty if they can."""
-    reasons: dict[str, None] = {}
-    for index, layer in enumerate(spec.layers):
-        for names in _products(layer):
-            forms = [weights[f"layers.{index}.{name}.weight"] for name in names]
-            reasons.update(dict.fromkeys(reason for form in forms for reason in why_not(form)))
-            if not _alike(forms):
-                reasons[f"{', '.join(names)} in different forms"] = None
-    for name in ("embed.weight", "head.weight", "positions.weight"):
-        if name in weights:
-            reasons.update(dict.fromkeys(why_not(weights[name])))
-    if "positions.weight" in weights and not isinstance(weights["positions.weight"], Dense):
-        reasons["quantized positions"] = None
-    return list(reasons)
-
-
-def _products(layer: LayerSpec) -> list[tuple[str, ...]]:
-    """The names of what one product computes, below ``layers.i.``."""
-    ffn = layer.ffn
-    found = [QKV, ("attention.out",)]
-    if isinstance(ffn, MLPSpec):
-        return found + _mlp_products(ffn, "mlp")
-    found.append(("moe.router",))
-    for expert in range(ffn.num_experts):
-        found += _mlp_products(ffn.expert, f"moe.experts.{expert}")
-    if ffn.shared is not None:
-        found += _mlp_products(ffn.shared, "moe.shared")
-        found += [("moe.shared_gate",)] if ffn.shared_gate else []
-    return found
-
-
-def _mlp_products(spec: MLPSpec, prefix: str) -> list[tuple[str, ...]]:
-    inner = (f"{prefix}.gate", f"{prefix}.up") if spec.gated else (f"{prefix}.up",)
-    return [inner, (f"{prefix}.down",)]
+def _inner_names(spec: MLPSpec, prefix: str) -> list[str]:
+    return [f"{prefix}.gate", f"{prefix}.up"] if spec.gated else [f"{prefix}.up"]
 
 
 def _alike(forms: Sequence[WeightForm]) -> bool:
     """Whether ``merge`` would take them, found out on a row of each."""
     first = torch.zeros(1, dtype=torch.int64, device="cpu")
-    return len(forms) == 1 or merge([form.take(first) for form in forms]) is not None
+    return merge([form.take(first) for form in forms]) is not None
 
 
 class ModelWeights:
     """``struct``: the whole model for ``kvp_step``; ``layers``: its layers, of which rotary parts are set later.
 
+    Weights without a native kernel are held as plain numbers of ``env.dtype``, which the log says.
+
     Args:
-        weights: fit (``unfit_weights`` has no reasons). They are written over where ``env.weights_owned``.
+        weights: written over where ``env.weights_owned``.
     """
 
     def __init__(
@@ -93,6 +64,8 @@ class ModelWeights:
     ) -> None:
         self._context, self._weights = context, weights
         self._in_place = env.weights_owned
+        self._dtype: torch.dtype = getattr(torch, env.dtype)
+        self._unpacked: dict[str, int] = {}  # reason -> bytes
         self._tensors: list[torch.Tensor] = []
         self._structs: list[object] = []
         self.layers = (KvpLayer * len(spec.layers))()
@@ -107,30 +80,30 @@ class ModelWeights:
         for index, layer in enumerate(spec.layers):
             self._layer(self.layers[index], layer, f"layers.{index}")
         self.struct.final_norm = self._norm(spec.final_norm, "final_norm")
-        self._ends(spec, getattr(torch, env.dtype))
+        self._ends(spec)
         del self._weights
+        for reason, size in self._unpacked.items():
+            LOG.warning("the native backend holds %s as %s: %.1f MB", reason, env.dtype, size / 1e6)
 
-    def _ends(self, spec: DecoderSpec, dtype: torch.dtype) -> None:
+    def _ends(self, spec: DecoderSpec) -> None:
         """Embedding and head. One memory serves both where they are tied: the head's panels, read by row."""
         model = self.struct
-        embed = self._weights["embed.weight"]
+        embed = self._fit("embed.weight")
         tied = "head.weight" not in self._weights
-        head_name = "embed.weight" if tied else "head.weight"
         bias = self._vector("head.bias") if spec.head.bias else None
-        model.embed_scale = float(torch.tensor(spec.embedding.scale, dtype=dtype, device="cpu"))
+        model.embed_scale = float(torch.tensor(spec.embedding.scale, dtype=self._dtype, device="cpu"))
         if not tied and isinstance(embed, Dense):
             table = embed.tensor.contiguous()
             model.table, model.table_type = self._keep(table), PLAIN[table.dtype]
-        head = self._pack([self._weights[head_name]], bias)
-        model.head = head.struct
+        model.head = self._pack([embed if tied else self._fit("head.weight")], bias)
         if tied:
-            model.packed_table = head.struct
+            model.packed_table = model.head
         elif not isinstance(embed, Dense):
-            model.packed_table = self._pack([embed], None).struct
+            model.packed_table = self._pack([embed], None)
         if spec.embedding.positions is not None:
-            positions = self._weights["positions.weight"]
-            assert isinstance(positions, Dense), "unfit_weights has no reasons"
-            learned = positions.tensor.contiguous()
+            positions = self._fit("positions.weight")
+            plain = positions if isinstance(positions, Dense) else Dense(positions.dequantize())
+            learned = plain.tensor.contiguous()
             model.positions, model.positions_type = self._keep(learned), PLAIN[learned.dtype]
             model.position_offset = spec.embedding.position_offset
 
@@ -153,8 +126,9 @@ class ModelWeights:
             struct.sinks = self._keep(self._vector(f"{prefix}.attention.sinks"))
         struct.parallel = layer.residual == "parallel"
         struct.multiplier = layer.residual_multiplier
-        struct.qkv = self._product([f"{prefix}.{name}" for name in QKV], mixer.qkv_bias)
-        struct.out = self._product([f"{prefix}.attention.out"], mixer.out_bias)
+        qkv = self._products([f"{prefix}.{name}" for name in QKV], mixer.qkv_bias)
+        struct.qkv, struct.num_qkv = (KvpLinear * 3)(*qkv), len(qkv)
+        (struct.out,) = self._products([f"{prefix}.attention.out"], mixer.out_bias)
         if isinstance(ffn, MLPSpec):
             struct.mlp = self._mlp(ffn, f"{prefix}.mlp")
         else:
@@ -163,10 +137,12 @@ class ModelWeights:
             struct.mixture = ctypes.pointer(mixture)
 
     def _mlp(self, spec: MLPSpec, prefix: str) -> KvpMlp:
-        inner, down = _mlp_products(spec, prefix)
+        up = self._products(_inner_names(spec, prefix), spec.bias)
+        (down,) = self._products([f"{prefix}.down"], spec.bias)
         return KvpMlp(
-            up=self._product(inner, spec.bias),
-            down=self._product(down, spec.bias),
+            up=(KvpLinear * 2)(*up),
+            num_up=len(up),
+            down=down,
             activation=ACTIVATIONS.index(spec.activation),
             gated=spec.gated,
         )
@@ -194,25 +170,50 @@ class ModelWeights:
             mixture.has_shared, mixture.shared = True, self._mlp(spec.shared, f"{prefix}.shared")
             if spec.shared_gate:
                 mixture.has_shared_gate = True
-                mixture.shared_gate = self._product([f"{prefix}.shared_gate"], False)
+                (mixture.shared_gate,) = self._products([f"{prefix}.shared_gate"], False)
         return mixture
 
     def _router(self, spec: MoESpec, name: str) -> KvpLinear:
-        form = self._weights[name]
+        form = self._fit(name)
         if spec.float32_router:
             form = Dense(form.dequantize())
-        return self._pack([form], None).struct
+        return self._pack([form], None)
 
-    def _product(self, names: Sequence[str], biased: bool) -> KvpLinear:
-        bias = torch.cat([self._vector(f"{name}.bias") for name in names]) if biased else None
-        return self._pack([self._weights[f"{name}.weight"] for name in names], bias).struct
+    def _products(self, names: Sequence[str], biased: bool) -> list[KvpLinear]:
+        """The outputs of all, one after another: of one layer where the forms agree, else of as few as can be."""
+        runs: list[list[str]] = []
+        forms = {name: self._fit(f"{name}.weight") for name in names}
+        for name in names:
+            if runs and _alike([forms[each] for each in (*runs[-1], name)]):
+                runs[-1].append(name)
+            else:
+                runs.append([name])
+        return [
+            self._pack(
+                [forms.pop(name) for name in run],
+                torch.cat([self._vector(f"{name}.bias") for name in run]) if biased else None,
+            )
+            for run in runs
+        ]
 
-    def _pack(self, forms: Sequence[WeightForm], bias: torch.Tensor | None) -> PackedLinear:
+    def _fit(self, name: str) -> WeightForm:
+        """The weight, as plain numbers where no native kernel computes its form."""
+        form = self._weights[name]
+        reasons = why_not(form)
+        if not reasons:
+            return form
+        plain = Dense(form.dequantize().to(self._dtype))
+        for reason in reasons:
+            self._unpacked[reason] = self._unpacked.get(reason, 0) + plain.nbytes
+        return plain
+
+    def _pack(self, forms: Sequence[WeightForm], bias: torch.Tensor | None) -> KvpLinear:
         form = merge(forms)
-        assert form is not None, "unfit_weights has no reasons"
-        packed = pack(self._context, form, bias, in_place=self._in_place)
+        assert form is not None, "forms that are not alike come alone"
+        exact = self._dtype == torch.float32
+        packed = pack(self._context, form, bias, exact=exact, in_place=self._in_place)
         self._tensors += packed.tensors
-        return packed
+        return packed.struct
 
     def _norm(self, spec: NormSpec | None, name: str) -> KvpNorm:
         if spec is None:

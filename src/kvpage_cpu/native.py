@@ -13,7 +13,7 @@ import torch
 from kvpage.errors import ConfigError, PluginError
 from kvpage_cpu.structs import SIGNATURES
 
-ABI_VERSION = 2
+ABI_VERSION = 3
 ISAS = ("portable", "avx2", "avx512", "avx512_bf16")
 """Instruction sets by their number in csrc/abi.h; each includes those before it."""
 ISA_VARIABLE = "KVPAGE_CPU_ISA"

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 
-from kvpage.api.quant import ChannelInt8, Dense, GroupedInt, WeightForm
+from kvpage.api.quant import ChannelInt8, Codebook, Dense, Fp8, GroupedInt, WeightForm
 from kvpage_cpu.native import Context, chosen_isa
-from kvpage_cpu.structs import BF16, F32, I4, I8, KvpLinear
+from kvpage_cpu.structs import BF16, C4, F8, F16, F32, I4, I8, I16, U8, KvpGroupNumbers, KvpLinear
 
 PANEL = 32
 ALIGNMENT = 64
 PLAIN = {torch.float32: F32, torch.bfloat16: BF16}
-MULTIPLES = {F32: 16, BF16: 32, I8: 64}
-"""Inputs are padded to a multiple of this (int4: of its group)."""
-GROUPS = (32, 64, 128)
+NUMBERS = {**PLAIN, torch.float16: F16, torch.uint8: U8, torch.int8: I8, torch.int16: I16}
+"""Types of groups' scales, zeros and offsets."""
+MULTIPLES = {F32: 16, BF16: 32, I8: 64, F8: 64}
+"""Inputs are padded to a multiple of this where they have no groups."""
+GROUPS = (128, 64, 32, 16)
+"""Inputs that share a scale in the panels: the largest that divides the form's group, scales repeated."""
+Grouped = GroupedInt | Codebook | Fp8
 
 
 @dataclass(slots=True)
@@ -29,88 +33,51 @@ class PackedLinear:
 
 
 def why_not(form: WeightForm) -> list[str]:
-    """Reasons why the native kernels cannot compute ``form``; empty if they can."""
+    """Reasons why the native kernels cannot compute ``form``; empty if they can. Looks at no tensor's values."""
     if isinstance(form, Dense):
         known = form.tensor.dtype in PLAIN and form.tensor.dim() == 2
         return [] if known else [f"plain weights of {form.tensor.dtype} (has float32, bfloat16)"]
     if isinstance(form, ChannelInt8):
         return []
-    if not isinstance(form, GroupedInt):
-        return [f"weights held as {type(form).__name__} (has Dense, ChannelInt8, GroupedInt)"]
-    reasons = []
-    if form.bits != 4 or form.zero != 8:
-        reasons.append(f"{form.bits} bits with zero {form.zero} (has 4 bits with zero 8)")
-    if form.group not in GROUPS:
-        reasons.append(f"groups of {form.group} (has {', '.join(map(str, GROUPS))})")
-    if not all(_is_bfloat16(tensor) for tensor in (form.scales, form.offsets) if tensor is not None):
-        reasons.append("scales or offsets that bfloat16 cannot hold")
-    return reasons
+    if not isinstance(form, Grouped):
+        return [f"weights held as {type(form).__name__} (has Dense, ChannelInt8, GroupedInt, Codebook, Fp8)"]
+    if form.group < form.shape[1] and form.group % GROUPS[-1]:
+        return [f"groups of {form.group} (has multiples of {GROUPS[-1]}, and whole rows)"]
+    return []
 
 
 def context_for(forms: Iterable[WeightForm], dtype: str) -> Context:
-    """A context of the chosen instruction set, or one that keeps x in float32 where the forms ask for that.
+    """A context of the chosen instruction set, or one that keeps x in float32 where the model is in float32.
 
-    With BF16 instructions x becomes bfloat16 on its way to integer weights, which is not what a float32 model means by
+    With BF16 instructions x becomes bfloat16 on its way to packed weights, which is not what a float32 model means by
     weights alone being quantized.
     """
     isa = chosen_isa()[0]
-    exact = dtype == "float32" and any(
-        isinstance(form, (ChannelInt8, GroupedInt)) and form.activation == "none" for form in forms
-    )
+    exact = dtype == "float32" and any(not isinstance(form, Dense) for form in forms)
     return Context("avx512" if exact and isa == "avx512_bf16" else isa)
-
-
-def _is_bfloat16(tensor: torch.Tensor) -> bool:
-    return tensor.dtype == torch.bfloat16 or bool((tensor.bfloat16() == tensor).all())
 
 
 def merge(forms: Sequence[WeightForm]) -> WeightForm | None:
     """One form of the outputs of all; a copy only where they do not lie together. ``None``: they do not agree."""
-    first = forms[0]
-    joined = first if len(forms) == 1 else first.join(forms[1:])
-    if joined is not None:
-        return joined
-    if isinstance(first, Dense):
-        plain = [
-            form.tensor
-            for form in forms
-            if isinstance(form, Dense) and form.tensor.dtype == first.tensor.dtype
-        ]
-        return Dense(torch.cat(plain)) if len(plain) == len(forms) else None
-    if isinstance(first, ChannelInt8):
-        codes = [
-            form for form in forms if isinstance(form, ChannelInt8) and form.activation == first.activation
-        ]
-        if len(codes) == len(forms):
-            return replace(
-                first, codes=torch.cat([f.codes for f in codes]), scales=torch.cat([f.scales for f in codes])
-            )
-    return _merge_grouped(first, forms) if isinstance(first, GroupedInt) else None
-
-
-def _merge_grouped(first: GroupedInt, forms: Sequence[WeightForm]) -> GroupedInt | None:
-    kind = (first.bits, first.group, first.zero, first.activation, first.offsets is None)
-    alike = [
-        form
-        for form in forms
-        if isinstance(form, GroupedInt)
-        and (form.bits, form.group, form.zero, form.activation, form.offsets is None) == kind
-    ]
-    if len(alike) != len(forms):
-        return None
-    offsets = [form.offsets for form in alike if form.offsets is not None]
-    return replace(
-        first,
-        codes=torch.cat([form.codes for form in alike]),
-        scales=torch.cat([form.scales for form in alike]),
-        offsets=torch.cat(offsets) if offsets else None,
-    )
+    first, others = forms[0], forms[1:]
+    if not others:
+        return first
+    joined = first.join(others)
+    return first.join(others, torch.cat) if joined is None else joined
 
 
 def pack(
-    context: Context, form: WeightForm, bias: torch.Tensor | None = None, *, in_place: bool = False
+    context: Context,
+    form: WeightForm,
+    bias: torch.Tensor | None = None,
+    *,
+    exact: bool = False,
+    in_place: bool = False,
 ) -> PackedLinear:
     """``form`` as a native linear layer; with ``in_place`` its memory is written over where its shape allows that.
+
+    Args:
+        exact: x is never rounded to int8, whatever ``form.activation`` allows.
 
     Raises:
         MemoryError: the native library has no memory. ValueError: ``why_not(form)`` has reasons.
@@ -124,34 +91,69 @@ def pack(
     if isinstance(form, Dense):
         plain, struct.type = form.tensor, PLAIN[form.tensor.dtype]
         struct.padded = _up(inputs, MULTIPLES[struct.type])
-        element_bits = 8 * plain.element_size()
     elif isinstance(form, ChannelInt8):
-        plain, struct.type = form.codes, I8
-        struct.dynamic = form.activation == "per-token"
-        struct.padded, element_bits = _up(inputs, MULTIPLES[I8]), 8
-        struct.scales = _keep(packed, _padded_rows(form.scales.float()))
+        plain, struct.type, struct.padded = form.codes, I8, _up(inputs, MULTIPLES[I8])
+        struct.dynamic = form.activation == "per-token" and not exact
+        struct.output_scales = _keep(packed, _padded_rows(form.scales.float() * form.factor))
     else:
-        assert isinstance(form, GroupedInt), "why_not has no reasons"
-        plain, struct.type, struct.group = form.codes, I4, form.group
-        struct.dynamic = form.activation == "per-group"
-        struct.padded, element_bits = inputs, 4
-        struct.scales = _keep(packed, _scale_panels(form.scales))
-        if form.offsets is not None:
-            struct.offsets = _keep(packed, _scale_panels(form.offsets))
+        assert isinstance(form, Grouped), "why_not has no reasons"
+        plain = _describe_groups(packed, form, exact)
     if bias is not None:
         struct.bias = _keep(packed, bias.float().contiguous())
     plain = plain.contiguous()
-    row_bytes = struct.padded * element_bits // 8
+    source_row_bytes = plain.shape[1] * plain.element_size()
+    bits = 4 if struct.type in (I4, C4) else 8 * plain.element_size()
+    row_bytes = struct.padded * bits // 8
     in_place = in_place and struct.padded == inputs and plain.data_ptr() % ALIGNMENT == 0
     whole, rest = divmod(outputs, PANEL)
     room = plain if in_place else _aligned(whole * PANEL * row_bytes)
     struct.panels = _keep(packed, room)
     if rest:
         struct.tail = _keep(packed, _aligned(PANEL * row_bytes))
-    source_row_bytes = inputs * element_bits // 8
     if context.library.kvp_pack(context.handle, ctypes.byref(struct), plain.data_ptr(), source_row_bytes):
         raise MemoryError(f"no memory to pack a weight of {outputs} x {inputs}")
     return packed
+
+
+def _describe_groups(packed: PackedLinear, form: Grouped, exact: bool) -> torch.Tensor:
+    """Sets what the struct says of groups, and gives the codes."""
+    struct, inputs = packed.struct, form.shape[1]
+    if isinstance(form, Fp8):
+        struct.type = F8
+        if form.scales.shape[1] == 1:
+            struct.padded = _up(inputs, MULTIPLES[F8])
+            struct.output_scales = _keep(packed, _padded_rows(form.scales.flatten()))
+            return form.codes
+    whole_row = form.group >= inputs
+    unit = next((size for size in GROUPS if (inputs if whole_row else form.group) % size == 0), 32)
+    struct.group, struct.padded = unit, _up(inputs, unit)
+    groups = struct.padded // unit
+    repeat = groups if whole_row else form.group // unit
+
+    def numbers(values: torch.Tensor | None, shared: torch.Tensor | None = None) -> KvpGroupNumbers:
+        if values is None:
+            return KvpGroupNumbers()
+        panels = _group_panels(values.repeat_interleave(repeat, 1)[:, :groups] if repeat > 1 else values)
+        found = KvpGroupNumbers(values=_keep(packed, panels), type=NUMBERS[values.dtype])
+        if shared is not None:
+            found.shared = _keep(packed, _group_panels(shared))
+            found.shared_type, found.per_shared = NUMBERS[shared.dtype], groups // shared.shape[1]
+        return found
+
+    if isinstance(form, GroupedInt):
+        struct.type = I4 if form.bits == 4 else I8
+        struct.dynamic = form.bits == 4 and unit >= 32 and form.activation == "per-group" and not exact
+        struct.zero = form.zero
+        struct.scales = numbers(form.scales, form.super_scales)
+        struct.zeros = numbers(form.zeros)
+        struct.offsets = numbers(form.offsets, form.super_offsets)
+        if form.permutation is not None:
+            struct.permutation = _keep(packed, form.permutation.contiguous())
+    else:
+        struct.scales = numbers(form.scales)
+        if isinstance(form, Codebook):
+            struct.type, struct.table = C4, _keep(packed, form.table.contiguous())
+    return form.codes
 
 
 def _keep(packed: PackedLinear, tensor: torch.Tensor) -> int:
@@ -178,7 +180,6 @@ def _padded_rows(values: torch.Tensor) -> torch.Tensor:
     )
 
 
-def _scale_panels(values: torch.Tensor) -> torch.Tensor:
-    """[N, groups] -> bfloat16 [panels, groups, 32]."""
-    padded = _padded_rows(values.bfloat16())
-    return padded.view(-1, PANEL, values.shape[1]).transpose(1, 2).contiguous()
+def _group_panels(values: torch.Tensor) -> torch.Tensor:
+    """[N, groups] -> [panels, groups, 32]."""
+    return _padded_rows(values).view(-1, PANEL, values.shape[1]).transpose(1, 2).contiguous()

@@ -41,7 +41,7 @@ def kvpage_linear_kernels() -> list[LinearKernelRecord]:
         LinearKernelRecord(
             name="cpu",
             factory="kvpage_cpu.linear:CpuLinear",
-            summary="native products of int8 and int4 weights",
+            summary="native products of packed weights, decoded in registers",
             describe="kvpage_cpu.native:describe",
         )
     ]

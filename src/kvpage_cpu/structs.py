@@ -6,9 +6,19 @@ import ctypes
 from ctypes import POINTER, c_char_p, c_double, c_float, c_int, c_int32, c_int64, c_void_p
 from typing import Any
 
-F32, BF16, I8, I4 = range(4)
+F32, BF16, I8, I4, F8, C4, F16, U8, I16 = range(9)
 NO_NORM, RMS, LAYER = range(3)
 NORM_OFF, NORM_HEAD, NORM_EACH_HEAD, NORM_ALL = range(4)
+
+
+class KvpGroupNumbers(ctypes.Structure):
+    _fields_ = (
+        ("values", c_void_p),
+        ("shared", c_void_p),
+        ("type", c_int32),
+        ("shared_type", c_int32),
+        ("per_shared", c_int32),
+    )
 
 
 class KvpLinear(ctypes.Structure):
@@ -19,10 +29,15 @@ class KvpLinear(ctypes.Structure):
         ("inputs", c_int32),
         ("padded", c_int32),
         ("group", c_int32),
+        ("zero", c_int32),
         ("panels", c_void_p),
         ("tail", c_void_p),
-        ("scales", c_void_p),
-        ("offsets", c_void_p),
+        ("output_scales", c_void_p),
+        ("scales", KvpGroupNumbers),
+        ("zeros", KvpGroupNumbers),
+        ("offsets", KvpGroupNumbers),
+        ("table", c_void_p),
+        ("permutation", c_void_p),
         ("bias", c_void_p),
     )
 
@@ -60,7 +75,13 @@ class KvpAttention(ctypes.Structure):
 
 
 class KvpMlp(ctypes.Structure):
-    _fields_ = (("up", KvpLinear), ("down", KvpLinear), ("activation", c_int32), ("gated", c_int32))
+    _fields_ = (
+        ("up", KvpLinear * 2),
+        ("num_up", c_int32),
+        ("down", KvpLinear),
+        ("activation", c_int32),
+        ("gated", c_int32),
+    )
 
 
 class KvpMixture(ctypes.Structure):
@@ -101,7 +122,8 @@ class KvpLayer(ctypes.Structure):
         ("ffn_after", KvpNorm),
         ("q_norm", KvpNorm),
         ("k_norm", KvpNorm),
-        ("qkv", KvpLinear),
+        ("qkv", KvpLinear * 3),
+        ("num_qkv", c_int32),
         ("out", KvpLinear),
         ("mlp", KvpMlp),
         ("mixture", POINTER(KvpMixture)),

@@ -15,26 +15,41 @@ extern "C" {
 // Instruction sets, each a superset of those before it.
 enum { KVP_PORTABLE = 0, KVP_AVX2 = 1, KVP_AVX512 = 2, KVP_AVX512_BF16 = 3, KVP_NUM_ISAS = 4 };
 
-enum { KVP_F32 = 0, KVP_BF16 = 1, KVP_I8 = 2, KVP_I4 = 3 };  // types of numbers in memory
+// Types of numbers in memory; F8 is float8_e4m3fn, C4 are codes of 4 bits that choose from a table.
+enum { KVP_F32 = 0, KVP_BF16 = 1, KVP_I8 = 2, KVP_I4 = 3, KVP_F8 = 4, KVP_C4 = 5, KVP_F16 = 6, KVP_U8 = 7, KVP_I16 = 8 };
+
+// Numbers of a weight's groups, [panel][K / group][32] of `type`, panels of all N. With `shared` they are integers, and
+// `per_shared` groups are multiplied by one number of [panel][K / group / per_shared][32], of `shared_type`.
+typedef struct KvpGroupNumbers {
+    const void* values;    // null = none
+    const void* shared;    // null = 1
+    int32_t type, shared_type, per_shared;
+} KvpGroupNumbers;
 
 // A linear layer y[M, N] = x[M, K] * weight[N, K]^T + bias, its weight in panels of 32 outputs over the whole K:
-//   f32  [K][32]          bf16 [K/2][32][2]          int8 [K/4][32][4] as unsigned w + 128
+//   f32  [K][32]          bf16 [K/2][32][2]          f8 [K/4][32][4]
+//   int8 [K/4][32][4], w + 128 where an output has one scale, else q: weight = (q - zero) * scale + offset
 //   int4 [K/8][32] dwords of 8 nibbles q (0..15), even k of the eight in the low half, odd k in the high half
-//   (k = 0 2 4 6 | 1 3 5 7 from the lowest nibble up), weight = (q - 8) * scale + offset
-// K is a multiple of 16 (f32), 32 (bf16), 64 (int8), of `group` (int4); what a weight lacks is padded with zero weights.
+//   (k = 0 2 4 6 | 1 3 5 7 from the lowest nibble up), weight = (q - zero) * scale + offset
+//   c4   likewise, weight = table[q] * scale
+// K is a multiple of 16 (f32), 32 (bf16), 64 (int8 and f8 of one scale an output), of `group` (all others); what a
+// weight lacks is padded with weights that meet zeros of x.
 // A panel takes the bytes of 32 rows of the plain [N, K] weight, which is therefore packed where it lies.
 typedef struct KvpLinear {
-    int32_t type;          // KVP_F32, KVP_BF16, KVP_I8, KVP_I4
+    int32_t type;          // KVP_F32, KVP_BF16, KVP_I8, KVP_I4, KVP_F8, KVP_C4
     int32_t dynamic;       // 1: rows of x become int8 (int8: one scale a row, int4: one a group); 0: bf16 or f32
     int32_t outputs;       // N
     int32_t inputs;        // K as x has it
     int32_t padded;        // K as the panels have it
-    int32_t group;         // int4: inputs that share a scale, 32, 64 or 128
+    int32_t group;         // inputs that share a scale: 16, 32, 64, 128 (dynamic int4: not 16); 0: int8, f8: all do
+    int32_t zero;          // int4, int8: the code of 0 where there are no `zeros`
     const void* panels;    // the N / 32 whole panels, 64-byte aligned
     const void* tail;      // the last panel where N % 32, with zero weights beyond N
-    const void* scales;    // int8: float [N up to a multiple of 32]; int4: bf16 [panel][K / group][32], panels of all N
-    const void* offsets;   // int4: bf16 likewise, or null = 0
-    const float* bias;     // [N] or null
+    const float* output_scales;         // int8, f8 without groups: [N up to a multiple of 32]
+    KvpGroupNumbers scales, zeros, offsets;
+    const float* table;                 // c4: [16]
+    const int32_t* permutation;         // [K]: column j of the weight is input permutation[j]; null = j
+    const float* bias;                  // [N] or null
 } KvpLinear;
 
 enum { KVP_NO_NORM = 0, KVP_RMS = 1, KVP_LAYER = 2 };
@@ -72,7 +87,8 @@ enum { KVP_SILU = 0, KVP_GELU = 1, KVP_GELU_TANH = 2, KVP_RELU = 3, KVP_RELU2 = 
 enum { KVP_NORM_OFF = 0, KVP_NORM_HEAD = 1, KVP_NORM_EACH_HEAD = 2, KVP_NORM_ALL = 3 };
 
 typedef struct KvpMlp {
-    KvpLinear up;              // outputs of the gate, then up, where gated
+    KvpLinear up[2];           // outputs of the gate, then up, where gated: of one layer, or of two
+    int32_t num_up;
     KvpLinear down;
     int32_t activation;
     int32_t gated;
@@ -96,7 +112,8 @@ typedef struct KvpMixture {
 // One decoder layer, as kvpage.api.model.LayerSpec describes it.
 typedef struct KvpLayer {
     KvpNorm mixer_before, mixer_after, ffn_before, ffn_after, q_norm, k_norm;
-    KvpLinear qkv;             // outputs of q, then k, then v
+    KvpLinear qkv[3];          // outputs of q, then k, then v: of one layer, or of several
+    int32_t num_qkv;
     KvpLinear out;
     KvpMlp mlp;
     const KvpMixture* mixture; // in place of mlp, or null

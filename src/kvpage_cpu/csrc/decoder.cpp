@@ -34,7 +34,7 @@ class Step {
             team_.barrier();
             KvpAttention call = attention_of(model_, step_, i);
             call.q = space_.qkv;
-            call.q_token = layer.qkv.outputs;
+            call.q_token = qkv_width(layer);
             if (narrows) narrow(layer, x, call);
             const bool in_place = layer.head_dim == layer.v_head_dim;
             call.out = in_place ? const_cast<void*>(call.q) : space_.attended;
@@ -92,6 +92,23 @@ class Step {
         }
     }
 
+    // y = linear(..) of several layers with the same input, one behind another in target.y. `pack` packs this thread's
+    // rows, once for all layers that read them alike. The results are complete after the next barrier.
+    template <class Pack>
+    void multiply_each(const KvpLinear* linears, int num_linears, int count, Target target, const Pack& pack) {
+        Rows rows{};
+        for (int i = 0; i < num_linears; i++) {
+            if (i == 0 || !same_rows(linears[i - 1], linears[i])) {
+                if (i > 0) team_.barrier();  // the product before still reads the rows
+                rows = rows_at(linears[i], count, space_.rows);
+                pack(rows);
+                team_.barrier();
+            }
+            multiply(linears[i], rows, target, scratch_, thread_, threads_);
+            target.y = target.y ? target.y + linears[i].outputs : nullptr;
+        }
+    }
+
     // norm(x) of a tile into packed rows.
     void pack_normed(const KvpNorm& norm, const float* x, const Rows& rows) {
         const int hidden = model_.hidden;
@@ -113,13 +130,12 @@ class Step {
         for (int tile = 0; tile < tiles; tile++) {
             const int start = (int)((int64_t)step_.num_tokens * tile / tiles);
             const int count = (int)((int64_t)step_.num_tokens * (tile + 1) / tiles) - start;
-            const Rows rows = rows_at(layer.qkv, count, space_.rows);
-            pack_normed(layer.mixer_before, x + (int64_t)start * model_.hidden, rows);
-            team_.barrier();
             Target target;
-            target.y = space_.qkv + (int64_t)start * layer.qkv.outputs;
-            target.stride = layer.qkv.outputs;
-            multiply(layer.qkv, rows, target, scratch_, thread_, threads_);
+            target.y = space_.qkv + start * qkv_width(layer);
+            target.stride = qkv_width(layer);
+            multiply_each(layer.qkv, layer.num_qkv, count, target, [&](const Rows& rows) {
+                pack_normed(layer.mixer_before, x + (int64_t)start * model_.hidden, rows);
+            });
             team_.barrier();
             const int end = start + count * (thread_ + 1) / threads_;  // runs: neighbours share cache lines of K
             for (int token = start + count * thread_ / threads_; token < end; token++) store_heads(index, token);
@@ -129,7 +145,7 @@ class Step {
     void store_heads(int index, int token) {
         const KvpLayer& layer = model_.layers[index];
         const KvpAttention call = attention_of(model_, step_, index);
-        float* const q = space_.qkv + (int64_t)token * layer.qkv.outputs;
+        float* const q = space_.qkv + token * qkv_width(layer);
         float* const k = q + q_width(layer);
         const float* const v = k + (int64_t)layer.kv_heads * layer.head_dim;
         if (layer.qk_norm != KVP_NORM_OFF) {
@@ -156,7 +172,7 @@ class Step {
         for (int i = thread_; i < step_.num_wanted; i += threads_) {
             const int64_t token = step_.wanted[i];
             memcpy(space_.last_x + i * hidden, x + token * hidden, sizeof(float) * (size_t)hidden);
-            memcpy(space_.last_q + i * width, space_.qkv + token * layer.qkv.outputs, sizeof(float) * (size_t)width);
+            memcpy(space_.last_q + i * width, space_.qkv + token * qkv_width(layer), sizeof(float) * (size_t)width);
         }
         team_.barrier();
         call.q = space_.last_q;
@@ -196,10 +212,8 @@ class Step {
         if (layer.mixture) {
             mix(*layer.mixture, before, x, count);
         } else {
-            const Rows ffn_rows = rows_at(layer.mlp.up, count, space_.rows);
-            pack_normed(before, x, ffn_rows);
-            team_.barrier();
-            const Rows inner_rows = feed(layer.mlp, ffn_rows, count);
+            const Rows inner_rows =
+                feed(layer.mlp, count, [&](const Rows& rows) { pack_normed(before, x, rows); });
             multiply(layer.mlp.down, inner_rows, branch(layer, ends ? x : space_.fed, ends), scratch_, thread_,
                      threads_);
         }
@@ -214,8 +228,10 @@ class Step {
         // The next reader of these rows of x is the same thread, or waits at a barrier first.
     }
 
-    // The inner activations of the feed-forward, packed for `down`; ends with a barrier.
-    Rows feed(const KvpMlp& mlp, const Rows& rows, int count) {
+    // The inner activations of the feed-forward, packed for `down`; `pack` packs this thread's rows of its input. Ends
+    // with a barrier.
+    template <class Pack>
+    Rows feed(const KvpMlp& mlp, int count, const Pack& pack) {
         const Rows inner_rows = rows_at(mlp.down, count, space_.inner_rows);
         const int inner = mlp.down.inputs;
         const Activation activation = (Activation)mlp.activation;
@@ -230,7 +246,7 @@ class Step {
             target.y = space_.inner;
             target.stride = stride;
         }
-        multiply(mlp.up, rows, target, scratch_, thread_, threads_);
+        multiply_each(mlp.up, mlp.num_up, count, target, pack);
         team_.barrier();
         if (flows) return inner_rows;
         for (int r = thread_; r < count; r += threads_) {
@@ -289,11 +305,10 @@ class Step {
     // barrier.
     void run_expert(const KvpMlp& expert, const Choice* chosen, int count, bool gated = false) {
         const int64_t hidden = model_.hidden;
-        const Rows rows = rows_at(expert.up, count, space_.rows);
-        for (int i = thread_; i < count; i += threads_)
-            pack_row(rows, model_.hidden, i, space_.normed + (chosen ? chosen[i].row : i) * hidden);
-        team_.barrier();
-        const Rows inner_rows = feed(expert, rows, count);
+        const Rows inner_rows = feed(expert, count, [&](const Rows& rows) {
+            for (int i = thread_; i < count; i += threads_)
+                pack_row(rows, model_.hidden, i, space_.normed + (chosen ? chosen[i].row : i) * hidden);
+        });
         Target target;
         target.y = space_.expert_out;
         target.stride = hidden;

@@ -18,7 +18,7 @@ const Kernels* const KVP_KERNELS[KVP_NUM_ISAS] = {&kvp_portable::kernels, &kvp_a
 
 namespace {
 
-constexpr int ABI_VERSION = 2;
+constexpr int ABI_VERSION = 3;
 
 // Teams by their size, with how many contexts use each: two engines on the same cores take turns instead of spinning
 // against each other.
@@ -107,7 +107,8 @@ int kvp_best_isa(void) {
     if (avx512 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni"))
         return KVP_AVX512_BF16;
     if (avx512) return KVP_AVX512;
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return KVP_AVX2;
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"))
+        return KVP_AVX2;
 #endif
     return KVP_PORTABLE;
 }

@@ -13,6 +13,8 @@ constexpr int CHUNK_LINES = 128;                      // 16 KB in L1; whole grou
 constexpr int TALLEST_DIRECT = KVP_ISA >= 2 ? 8 : 6;  // rows, above which expanding costs less than it saves
 constexpr size_t SUMS_BYTES = (size_t)MAX_ROWS * LINE;
 constexpr size_t EXPANDED_BYTES = (size_t)CHUNK_LINES * LINE;
+constexpr size_t MOST_GROUPS = CHUNK_LINES * 8 / 16;  // of a chunk
+constexpr size_t SCALES_BYTES = MOST_GROUPS * PANEL * sizeof(float);
 
 struct Product {
     const KvpLinear& linear;
@@ -20,17 +22,18 @@ struct Product {
     Blocks blocks;
     int panel_lines;
     char* expanded;  // scratch
+    float *scales, *offsets;  // of the groups of a chunk; offsets may be null
 };
 
 // One panel, and what is prefetched when it ends.
 struct Panel {
+    int index;
     const char* weights;
     const char* next;
-    const uint16_t *scales, *offsets;  // int4
 };
 
 int elements_of_dword(int type) {
-    return type == KVP_F32 ? 1 : type == KVP_BF16 ? 2 : type == KVP_I8 ? 4 : 8;
+    return type == KVP_F32 ? 1 : type == KVP_BF16 ? 2 : type == KVP_I8 || type == KVP_F8 ? 4 : 8;
 }
 
 Panel panel_at(const Product& product, int index, int next) {
@@ -40,13 +43,34 @@ Panel panel_at(const Product& product, int index, int next) {
         return (const char*)(whole ? linear.panels : linear.tail) +
                (whole ? (size_t)panel * product.panel_lines * LINE : 0);
     };
-    Panel panel{weights(index), weights(next), nullptr, nullptr};
-    if (linear.type == KVP_I4) {
-        const size_t at = (size_t)index * (linear.padded / linear.group) * PANEL;
-        panel.scales = (const uint16_t*)linear.scales + at;
-        if (linear.offsets) panel.offsets = (const uint16_t*)linear.offsets + at;
+    return {index, weights(index), weights(next)};
+}
+
+// scales, offsets [count][PANEL] of groups from `first` on, weight = (q - middle) * scale + offset; `offsets` may be
+// null. What lies as far behind is prefetched.
+void read_groups(const KvpLinear& linear, int panel, int first, int count, float* scales, float* offsets) {
+    const int groups = linear.padded / linear.group, middle = middle_of(linear.type);
+    const auto prefetch_next = [=](const KvpGroupNumbers& of, int group) {
+        if (!of.values) return;
+        const char* const at =
+            (const char*)of.values + ((size_t)panel * groups + group + count) * PANEL * size_of(of.type);
+        for (int byte = 0; byte < PANEL * size_of(of.type); byte += 64) __builtin_prefetch(at + byte, 0, 0);
+    };
+    for (int group = first; group < first + count; group++, scales += PANEL) {
+        prefetch_next(linear.scales, group);
+        for (int n = 0; n < PANEL; n += W) store(scales + n, group_numbers(linear.scales, panel, groups, group, n));
+        if (!offsets) continue;
+        prefetch_next(linear.zeros, group);
+        prefetch_next(linear.offsets, group);
+        for (int n = 0; n < PANEL; n += W) {
+            const F zeros = linear.zeros.values ? group_numbers(linear.zeros, panel, groups, group, n)
+                                                : splat((float)linear.zero);
+            F offset = (splat((float)middle) - zeros) * load(scales + n);
+            if (linear.offsets.values) offset = offset + group_numbers(linear.offsets, panel, groups, group, n);
+            store(offsets + n, offset);
+        }
+        offsets += PANEL;
     }
-    return panel;
 }
 
 // The work of `lines` lines of the panel from `line` on, but for its rows.
@@ -56,15 +80,23 @@ Work work_at(const Product& product, const Panel& panel, int line, int lines) {
     work.weights = panel.weights + (size_t)line * LINE;
     work.lines = lines;
     work.first = line == 0;
-    if (Kind::SCALING != Scaling::none) {
-        const int group = product.linear.group;
-        const size_t at = (size_t)(line * 8 / group) * PANEL;
-        work.group_lines = group / 8;
-        work.num_groups = product.linear.padded / group;
+    if constexpr (Kind::SCALING != Scaling::none) {
+        const KvpLinear& linear = product.linear;
+        const int group = linear.group, groups = linear.padded / group;
+        work.group_lines = group / elements_of_dword(linear.type);
+        work.num_groups = groups;
         work.group_pieces = group / 32;
-        work.num_pieces = product.linear.padded / 32;
-        work.scales = panel.scales + at;
-        work.offsets = panel.offsets ? panel.offsets + at : nullptr;
+        work.num_pieces = linear.padded / 32;
+        work.table = linear.table;
+        const int first = line / work.group_lines;
+        if (has_plain_scales(linear)) {
+            work.plain_scales =
+                (const uint16_t*)linear.scales.values + ((size_t)panel.index * groups + first) * PANEL;
+        } else {
+            read_groups(linear, panel.index, first, lines / work.group_lines, product.scales, product.offsets);
+            work.scales = product.scales;
+            work.offsets = product.offsets;
+        }
     }
     return work;
 }
@@ -82,7 +114,7 @@ void enter_block(Work& work, const Product& product, int block, int dwords, char
             const size_t at = (size_t)row * work.num_groups + column / product.linear.group;
             work.row_scales = product.rows.scales + at;
             work.row_sums = product.rows.sums + at;
-        } else if (work.offsets) {
+        } else if (product.offsets) {
             work.piece_sums = product.rows.scales + (size_t)row * work.num_pieces + column / 32;
         }
     }
@@ -98,21 +130,19 @@ void stream_panel(const Product& product, const Panel& panel, char* sums) {
     const int lines = product.panel_lines;
     const bool on = panel.next == panel.weights + (size_t)lines * LINE;
     const int reach = lines_ahead(product.rows.count);
-    const int last =
-        on || lines <= reach ? 0 : (lines - reach + 15) / 16 * 16;  // from here on `next` is prefetched
-    if (last > 0 || on) {
-        Work work = work_at<Kind>(product, panel, 0, on ? lines : last);
-        enter_block<Kind>(work, product, 0, 0, sums);
-        work.ahead = work.weights + (size_t)reach * LINE;
+    // From line `last` on `next` is prefetched.
+    const int last = on ? lines : lines <= reach ? 0 : (lines - reach + 31) / 32 * 32;
+    const bool in_chunks = Kind::SCALING != Scaling::none && !has_plain_scales(product.linear);
+    for (int line = 0; line < lines;) {
+        const int rest = (line < last && last < lines ? last : lines) - line;
+        const int count = in_chunks && rest > CHUNK_LINES ? CHUNK_LINES : rest;
+        Work work = work_at<Kind>(product, panel, line, count);
+        enter_block<Kind>(work, product, 0, line * Kind::STEPS, sums);
+        work.ahead = line < last ? work.weights + (size_t)reach * LINE : panel.next + (size_t)(line - last) * LINE;
         work.stride = LINE;
         add_block<Kind, TALLEST>(product.rows.count, work);
+        line += count;
     }
-    if (on) return;
-    Work work = work_at<Kind>(product, panel, last, lines - last);
-    enter_block<Kind>(work, product, 0, last * Kind::STEPS, sums);
-    work.ahead = panel.next;
-    work.stride = LINE;
-    add_block<Kind, TALLEST>(product.rows.count, work);
 }
 
 // In chunks; where EXPAND, lines of Kind become lines of Plain first.
@@ -163,22 +193,29 @@ void sum_expanded_panel(const Product& product, const Panel& panel, char* sums) 
 }
 
 PanelSums panel_sums(const KvpLinear& linear, RowForm form) {
-    if (form == RowForm::s8) return sum_panel<DynamicInt8, tallest(KVP_I8, RowForm::s8)>;
-    if (form == RowForm::s8_group) return sum_panel<DynamicInt4, tallest(KVP_I4, RowForm::s8_group)>;
-    constexpr int TALL = tallest(KVP_F32, RowForm::f32);
-    if (linear.type == KVP_F32) return sum_panel<Float32, TALL>;
+    if (form == RowForm::s8) return sum_panel<DynamicInt8, tallest(KVP_I8, 0, RowForm::s8)>;
+    if (form == RowForm::s8_group) return sum_panel<DynamicInt4, tallest(KVP_I4, 32, RowForm::s8_group)>;
+    constexpr int TALL = tallest(KVP_F32, 0, RowForm::f32);
 #if KVP_ISA == 3
+    using Plain = Bfloat16;
+    constexpr int TALL_SCALED = tallest(KVP_I4, 32, RowForm::bf16);
     if (linear.type == KVP_BF16) return sum_panel<Bfloat16, TALL>;
-    if (linear.type == KVP_I4) return sum_panel<Int4, tallest(KVP_I4, RowForm::bf16)>;
-    return sum_expanded_panel<Int8, Bfloat16, TALL>;
+    if (linear.type == KVP_C4) return sum_panel<Codes4, TALL_SCALED>;
+    if (linear.type == KVP_I4 && linear.group >= 32) return sum_panel<Int4, TALL_SCALED>;
 #else
-    if (linear.type == KVP_BF16) return sum_expanded_panel<Bfloat16, Float32, TALL>;
-    if (linear.type == KVP_I4) return sum_expanded_panel<Int4, Float32, TALL>;
-    return sum_expanded_panel<Int8, Float32, TALL>;
+    using Plain = Float32;
+    if (linear.type == KVP_BF16) return sum_expanded_panel<Bfloat16, Plain, TALL>;
+    if (linear.type == KVP_C4) return sum_expanded_panel<Scaled<TableCodes>, Plain, TALL>;
 #endif
+    if (linear.type == KVP_F32) return sum_panel<Float32, TALL>;
+    if (linear.type == KVP_I4) return sum_expanded_panel<Scaled<NibbleCodes>, Plain, TALL>;
+    if (linear.type == KVP_F8 && linear.group == 0) return sum_expanded_panel<Float8, Plain, TALL>;
+    if (linear.type == KVP_F8) return sum_expanded_panel<Scaled<Float8Codes>, Plain, TALL>;
+    if (linear.group == 0) return sum_expanded_panel<Int8, Plain, TALL>;
+    return sum_expanded_panel<Scaled<ByteCodes>, Plain, TALL>;
 }
 
-// What a panel's sums still lack: scales of int8, and the bias.
+// What a panel's sums still lack: scales of outputs, and the bias.
 struct Finish {
     bool integers, scaled;
     F scales[PANEL_VECTORS], bias[PANEL_VECTORS];
@@ -186,14 +223,14 @@ struct Finish {
 
 Finish finish_of(const Product& product, int panel) {
     const KvpLinear& linear = product.linear;
-    Finish finish{product.rows.form == RowForm::s8, linear.type == KVP_I8, {}, {}};
+    Finish finish{product.rows.form == RowForm::s8, linear.output_scales != nullptr, {}, {}};
     const int column = panel * PANEL;
     float bias[PANEL] = {};
     if (linear.bias)
         memcpy(bias, linear.bias + column,
                (linear.outputs - column < PANEL ? linear.outputs - column : PANEL) * sizeof(float));
     for (int n = 0; n < PANEL_VECTORS; n++) {
-        finish.scales[n] = finish.scaled ? load((const float*)linear.scales + column + n * W) : splat(1.0f);
+        finish.scales[n] = finish.scaled ? load(linear.output_scales + column + n * W) : splat(1.0f);
         finish.bias[n] = load(bias + n * W);
     }
     return finish;
@@ -271,15 +308,17 @@ void write_panel(const Product& product, const Target& target, int panel, const 
 
 }  // namespace
 
-size_t multiply_scratch_bytes() { return 2 * SUMS_BYTES + EXPANDED_BYTES; }
+size_t multiply_scratch_bytes() { return 2 * (SUMS_BYTES + SCALES_BYTES) + EXPANDED_BYTES; }
 
 void multiply(const KvpLinear& linear, const Rows& rows, const Target& target, char* scratch, int thread,
               int threads) {
     if (rows.count == 0) return;
     char* const sums = scratch;
     char* const gated_sums = scratch + SUMS_BYTES;
-    const Product product{linear, rows, blocks_of(rows), linear.padded / elements_of_dword(linear.type),
-                          scratch + 2 * SUMS_BYTES};
+    char* const expanded = scratch + 2 * SUMS_BYTES;
+    float* const scales = (float*)(expanded + EXPANDED_BYTES);
+    const Product product{linear, rows, blocks_of(rows), linear.padded / elements_of_dword(linear.type), expanded,
+                          scales, has_offsets(linear) ? scales + SCALES_BYTES / sizeof(float) : nullptr};
     const PanelSums sum = panel_sums(linear, rows.form);
     const bool gated = target.store == Store::gated;
     const int panels = (linear.outputs + PANEL - 1) / PANEL / (gated ? 2 : 1);

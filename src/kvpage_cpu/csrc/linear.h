@@ -23,9 +23,13 @@ struct Rows {
     char* data;
     float* scales;      // s8: [M], s8_group: [M][groups]; bf16 for int4 with offsets: sums of 32 columns [M][K / 32]
     int32_t* sums;      // of the int8 values, likewise
+    const int32_t* permutation;  // [K]: column j is input permutation[j] of x; null = j
 };
 
 RowForm row_form(const KvpLinear& linear);
+
+// Whether rows that were packed for `a` are those of `b` too.
+bool same_rows(const KvpLinear& a, const KvpLinear& b);
 
 // Bytes that rows_at needs for `count` <= MAX_ROWS rows: a multiple of 64.
 size_t rows_bytes(const KvpLinear& linear, int count);
@@ -36,7 +40,7 @@ Rows rows_at(const KvpLinear& linear, int count, char* memory);
 // Row `row` of the product's input, x [inputs]; different rows may be packed by different threads at once.
 void pack_row(const Rows& rows, int inputs, int row, const float* x);
 
-// Columns [column, column + 32) of a row, column % 32 == 0; forms f32 and bf16 only.
+// Columns [column, column + 32) of a row, column % 32 == 0; forms f32 and bf16 without permutation only.
 void pack_piece(const Rows& rows, int row, int column, const float* x);
 
 enum class Store : int32_t { set, add, gated };
@@ -66,11 +70,11 @@ void multiply(const KvpLinear& linear, const Rows& rows, const Target& target, c
 // activation(x) of n floats, in place.
 void activate(Activation activation, float* x, int n);
 
-// Row `row` of the weight, as numbers: out [inputs] (a table that is also the head).
+// Row `row` of the weight, as the numbers that it stands for: out [inputs] (a table that is also the head).
 void read_row(const KvpLinear& linear, int row, float* out);
 
 // Packs this thread's panels of `linear` from the plain weight: rows `row_bytes` apart, of the type of `linear`; int8:
-// signed; int4: [N][K / 2] bytes, even k in the low nibble, q 0..15. `source` may be linear.panels itself where
+// signed where an output has one scale, else q; int4, c4: [N][K / 2] bytes, even k in the low nibble. `source` may be linear.panels itself where
 // linear.padded == linear.inputs and rows are contiguous. `scratch`: 32 rows of the padded K.
 void pack_weight(const KvpLinear& linear, const char* source, int64_t row_bytes, char* scratch, int thread, int threads);
 

@@ -1,11 +1,9 @@
 // Micro-kernels of linear layers: a block of up to 14 rows times one panel, sums kept in registers.
 //
-// A line of a panel is 32 dwords, one of each output. A Kind says what a line holds: it expands to STEPS
-// vectors of weights, and each meets one dword of the rows (1 f32, 2 bf16, 2 s16 or 4 s8 values), which is
-// broadcast. Every sum runs along K alone and in order, so that tiles of any height give the same bits;
-// integers are exact anyway.
+// A Kind (linear_decode.h) says what a line of a panel holds. Every sum runs along K alone and in order, so that
+// tiles of any height give the same bits; integers are exact anyway.
 #pragma once
-#include "linear.h"
+#include "linear_decode.h"
 
 namespace KVP_NS {
 
@@ -14,161 +12,8 @@ constexpr int PANEL_VECTORS = PANEL / W;  // in a line
 constexpr int PIECE = 64;                 // bytes of a row that lie together
 constexpr int STEPS_AT_ONCE = 8;          // dwords of a row in the unrolled loop body: half a piece
 
-// How an int4 weight's scales enter: not at all, at the end of each group's sum, or into each weight.
-enum class Scaling { none, of_sums, of_weights };
-
-KVP_INLINE I broadcast_bits(const char* x) {
-    int32_t value;
-    memcpy(&value, x, sizeof value);
-    return splat_int(value);
-}
-
 // Not for the outer caches: weights pass once a step, and would drive out all that the host and the next layer need.
 KVP_INLINE void prefetch(const char* address) { __builtin_prefetch(address, 0, 0); }
-
-struct FloatProducts {
-    using Sum = F;
-    using Value = F;
-    static constexpr Scaling SCALING = Scaling::none;
-    KVP_INLINE F value(const char* x) { return as_float(broadcast_bits(x)); }
-    KVP_INLINE F dot(F sum, F weights, F x) { return fma(weights, x, sum); }
-};
-
-struct Float32 : FloatProducts {
-    static constexpr int STEPS = 1;
-    KVP_INLINE F weights(I line, int) { return as_float(line); }
-};
-
-#if KVP_ISA < 3
-
-struct Bfloat16 : FloatProducts {
-    static constexpr int STEPS = 2;
-    KVP_INLINE F weights(I line, int step) { return step == 0 ? low_bf16(line) : high_bf16(line); }
-};
-
-struct Int8 : FloatProducts {
-    static constexpr int STEPS = 4;
-    KVP_INLINE F weights(I line, int step) {
-        const I codes = bit_xor(line, splat_int((int32_t)0x80808080));  // w + 128 to w
-        return to_float(shift_right_signed(shift_left(codes, 24 - 8 * step), 24));
-    }
-};
-
-struct Int4 : FloatProducts {
-    static constexpr int STEPS = 8;
-    static constexpr Scaling SCALING = Scaling::of_weights;
-    KVP_INLINE F weights(I line, int step) {
-        const int position = 4 * (step / 2 + step % 2 * 4);
-#if KVP_ISA == 2
-        const F codes = _mm512_setr_ps(-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7);
-        return _mm512_permutexvar_ps(shift_right(line, position), codes);  // looks at the low 4 bits only
-#else
-        const I codes = bit_xor(line, splat_int((int32_t)0x88888888));  // q to q - 8
-        return to_float(shift_right_signed(shift_left(codes, 28 - position), 28));
-#endif
-    }
-};
-
-// Without VNNI rows are 16-bit integers: unsigned bytes times signed ones would saturate in pmaddubsw.
-struct ShortProducts {
-    using Sum = I;
-    using Value = I;
-    static constexpr Scaling SCALING = Scaling::none;
-    KVP_INLINE I value(const char* x) { return broadcast_bits(x); }
-    KVP_INLINE I dot(I sum, I weights, I x) {
-#if KVP_ISA == 2
-        return add(sum, _mm512_madd_epi16(weights, x));
-#elif KVP_ISA == 1
-        return add(sum, _mm256_madd_epi16(weights, x));
-#else
-        return sum + (weights << 16 >> 16) * (x << 16 >> 16) + (weights >> 16) * (x >> 16);
-#endif
-    }
-};
-
-struct DynamicInt8 : ShortProducts {
-    static constexpr int STEPS = 2;  // even bytes, odd bytes
-    KVP_INLINE I weights(I line, int step) {
-        return bit_and(shift_right(line, 8 * step), splat_int(0x00ff00ff));
-    }
-};
-
-struct DynamicInt4 : ShortProducts {
-    static constexpr int STEPS = 4;
-    static constexpr Scaling SCALING = Scaling::of_sums;
-    KVP_INLINE I weights(I line, int step) {
-        return bit_and(shift_right(line, 4 * step), splat_int(0x000f000f));
-    }
-};
-
-#else
-
-struct PairProducts {
-    using Sum = F;
-    using Value = I;
-    static constexpr Scaling SCALING = Scaling::none;
-    KVP_INLINE I value(const char* x) { return broadcast_bits(x); }
-    KVP_INLINE F dot(F sum, I weights, I x) { return _mm512_dpbf16_ps(sum, (__m512bh)weights, (__m512bh)x); }
-};
-
-struct Bfloat16 : PairProducts {
-    static constexpr int STEPS = 1;
-    KVP_INLINE I weights(I line, int) { return line; }
-};
-
-struct Int8 : PairProducts {
-    static constexpr int STEPS = 2;
-    KVP_INLINE I weights(I line, int step) {
-        const I low = byte_as_float(line, 2 * step), high = byte_as_float(line, 2 * step + 1);
-        // Floats of 8 bits end in 16 zeros: the upper half of `low` takes the lower half of `high`.
-        return _mm512_mask_shuffle_epi8(high, 0x3333333333333333, low, bytes_of_dwords(2, 3));
-    }
-    KVP_INLINE I byte_as_float(I line, int index) {  // the mantissa of 2^23 + byte, less what is too much
-        const I bits = _mm512_mask_shuffle_epi8(splat_int(0x4b000000), 0x1111111111111111, line,
-                                                bytes_of_dwords(index, index));
-        return as_int(as_float(bits) - splat(8388608.0f + 128.0f));
-    }
-    // A shuffle that takes these bytes to the low half of each dword.
-    KVP_INLINE I bytes_of_dwords(int first, int second) {
-        const int dword = first | second << 8;
-        return _mm512_broadcast_i32x4(_mm_setr_epi32(dword, dword + 0x0404, dword + 0x0808, dword + 0x0c0c));
-    }
-};
-
-struct Int4 : PairProducts {
-    static constexpr int STEPS = 4;
-    static constexpr Scaling SCALING = Scaling::of_sums;
-    KVP_INLINE I weights(I line, int step) {
-        // bf16 of q - 8 twice: the permutation looks at 5 bits, of which the upper belongs to the next code.
-        const __m512i codes = _mm512_broadcast_i64x4(_mm256_setr_epi16(
-            (short)0xc100, (short)0xc0e0, (short)0xc0c0, (short)0xc0a0, (short)0xc080, (short)0xc040,
-            (short)0xc000, (short)0xbf80, 0, 0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0));
-        return _mm512_permutexvar_epi16(_mm512_srli_epi16(line, 4 * step), codes);
-    }
-};
-
-struct ByteProducts {
-    using Sum = I;
-    using Value = I;
-    static constexpr Scaling SCALING = Scaling::none;
-    KVP_INLINE I value(const char* x) { return broadcast_bits(x); }
-    KVP_INLINE I dot(I sum, I weights, I x) { return _mm512_dpbusd_epi32(sum, weights, x); }
-};
-
-struct DynamicInt8 : ByteProducts {
-    static constexpr int STEPS = 1;
-    KVP_INLINE I weights(I line, int) { return line; }
-};
-
-struct DynamicInt4 : ByteProducts {
-    static constexpr int STEPS = 2;
-    static constexpr Scaling SCALING = Scaling::of_sums;
-    KVP_INLINE I weights(I line, int step) {
-        return _mm512_and_si512(_mm512_srli_epi16(line, 4 * step), _mm512_set1_epi8(15));
-    }
-};
-
-#endif
 
 // Some lines of a panel times a block of rows. `sums` is [height][PANEL] floats or integers, and goes on
 // where it stands unless `first`.
@@ -180,16 +25,18 @@ struct Work {
     char* sums;
     const char* ahead;  // prefetched: two cache lines every line,
     int stride;         // this many bytes further on each time
-    // int4
-    int group_lines, num_groups;       // num_groups: of a row, over the whole K
-    const uint16_t *scales, *offsets;  // [group][PANEL], offsets may be null
+    // groups
+    int group_lines, num_groups;     // num_groups: of a row, over the whole K
+    const uint16_t* plain_scales;    // [group][PANEL] as the weight has them, or
+    const float *scales, *offsets;   // as read_groups wrote them; offsets may be null
+    const float* table;              // of 16
     const float* row_scales;           // of integers, [height][num_groups]
     const int32_t* row_sums;           // likewise
     const float* piece_sums;           // of bf16 rows, [height][num_pieces], where there are offsets
     int num_pieces, group_pieces;
 };
 
-// What an int4 group's vectors of scales and offsets are.
+// A group's vectors of scales and offsets.
 template <int NV>
 struct GroupScales {
     F scales[NV], offsets[NV];
@@ -198,12 +45,14 @@ struct GroupScales {
 template <int NV>
 KVP_INLINE void load_scales(GroupScales<NV>& group, const Work& work, int index, int column) {
     const int at = index * PANEL + column;
-    prefetch((const char*)(work.scales + at + 8 * PANEL));
-    KVP_UNROLL for (int n = 0; n < NV; n++) group.scales[n] = load_bf16(work.scales + at + n * W);
+    if (work.plain_scales) prefetch((const char*)(work.plain_scales + at + 8 * PANEL));
     KVP_UNROLL for (int n = 0; n < NV; n++) {
-        group.offsets[n] = work.offsets ? load_bf16(work.offsets + at + n * W) : zero();
+        group.scales[n] =
+            work.plain_scales ? load_bf16(work.plain_scales + at + n * W) : load(work.scales + at + n * W);
     }
-    if (work.offsets) prefetch((const char*)(work.offsets + at + 8 * PANEL));
+    KVP_UNROLL for (int n = 0; n < NV; n++) {
+        group.offsets[n] = work.offsets ? load(work.offsets + at + n * W) : zero();
+    }
 }
 
 // Where a tile stands along K.
@@ -215,7 +64,7 @@ struct Position {
 // sums[height][NV] += x * weights over `lines`.
 template <class Kind, int HEIGHT, int NV>
 KVP_INLINE void add_lines(typename Kind::Sum (&sums)[HEIGHT][NV], Position& at, int lines, int stride,
-                          const GroupScales<NV>* group) {
+                          const typename Kind::Table& table, const GroupScales<NV>* group) {
     constexpr int BODY_LINES = STEPS_AT_ONCE / Kind::STEPS;
     for (int line = 0; line < lines; line += BODY_LINES) {
         KVP_UNROLL for (int i = 0; i < BODY_LINES; i++) {
@@ -227,9 +76,9 @@ KVP_INLINE void add_lines(typename Kind::Sum (&sums)[HEIGHT][NV], Position& at, 
             KVP_UNROLL for (int step = 0; step < Kind::STEPS; step++) {
                 typename Kind::Value weights[NV];
                 KVP_UNROLL for (int n = 0; n < NV; n++) {
-                    weights[n] = Kind::weights(bits[n], step);
                     if constexpr (Kind::SCALING == Scaling::of_weights)
-                        weights[n] = fma(weights[n], group->scales[n], group->offsets[n]);
+                        weights[n] = Kind::weights(bits[n], step, table, group->scales[n], group->offsets[n]);
+                    else weights[n] = Kind::weights(bits[n], step, table);
                 }
                 KVP_UNROLL for (int m = 0; m < HEIGHT; m++) {
                     const auto x = Kind::value(at.x + m * PIECE + (i * Kind::STEPS + step) * 4);
@@ -292,6 +141,7 @@ template <class Kind, int HEIGHT, int NV>
 static void tile(const Work& work_of_all, int column, const char* ahead) {
     const Work work = work_of_all;  // a copy, which no store can change
     Position at{work.x, work.weights + column * 4, ahead, PIECE / 2};
+    const typename Kind::Table table = Kind::table(work.table);
     typename Kind::Sum sums[HEIGHT][NV];
     char* const total = work.sums + column * 4;
     if constexpr (Kind::SCALING == Scaling::of_sums) {
@@ -299,7 +149,7 @@ static void tile(const Work& work_of_all, int column, const char* ahead) {
             for (int m = 0; m < HEIGHT; m++) memset(total + m * LINE, 0, NV * W * 4);
         for (int index = 0; index * work.group_lines < work.lines; index++) {
             KVP_UNROLL for (int m = 0; m < HEIGHT; m++) begin_group<Kind, NV>(sums[m], work, m, index);
-            add_lines<Kind, HEIGHT, NV>(sums, at, work.group_lines, work.stride, nullptr);
+            add_lines<Kind, HEIGHT, NV>(sums, at, work.group_lines, work.stride, table, nullptr);
             GroupScales<NV> group;
             load_scales<NV>(group, work, index, column);
             if (work.offsets) add_group<true, HEIGHT, NV>((float*)total, sums, group, work, index);
@@ -315,10 +165,10 @@ static void tile(const Work& work_of_all, int column, const char* ahead) {
         for (int index = 0; index * work.group_lines < work.lines; index++) {
             GroupScales<NV> group;
             load_scales<NV>(group, work, index, column);
-            add_lines<Kind, HEIGHT, NV>(sums, at, work.group_lines, work.stride, &group);
+            add_lines<Kind, HEIGHT, NV>(sums, at, work.group_lines, work.stride, table, &group);
         }
     } else {
-        add_lines<Kind, HEIGHT, NV>(sums, at, work.lines, work.stride, nullptr);
+        add_lines<Kind, HEIGHT, NV>(sums, at, work.lines, work.stride, table, nullptr);
     }
     KVP_UNROLL for (int m = 0; m < HEIGHT; m++) {
         KVP_UNROLL for (int n = 0; n < NV; n++) store_sum(total + m * LINE + n * W * 4, sums[m][n]);
@@ -344,6 +194,7 @@ static void add_block(int height, const Work& work) {
 // in every block of rows.
 template <class Kind>
 static void expand_lines(const Work& work, char* out) {
+    const typename Kind::Table table = Kind::table(work.table);
     GroupScales<PANEL_VECTORS> group;
     for (int line = 0; line < work.lines; line++) {
         if constexpr (Kind::SCALING == Scaling::of_weights)
@@ -352,10 +203,10 @@ static void expand_lines(const Work& work, char* out) {
         KVP_UNROLL for (int n = 0; n < PANEL_VECTORS; n++) {
             const I bits = load_bits(work.weights + line * LINE + n * W * 4);
             KVP_UNROLL for (int step = 0; step < Kind::STEPS; step++) {
-                auto weights = Kind::weights(bits, step);
+                char* const to = out + (line * Kind::STEPS + step) * LINE + n * W * 4;
                 if constexpr (Kind::SCALING == Scaling::of_weights)
-                    weights = fma(weights, group.scales[n], group.offsets[n]);
-                store_sum(out + (line * Kind::STEPS + step) * LINE + n * W * 4, weights);
+                    store_sum(to, Kind::weights(bits, step, table, group.scales[n], group.offsets[n]));
+                else store_sum(to, Kind::weights(bits, step, table));
             }
         }
     }

@@ -1,5 +1,6 @@
 // Weights between their plain form, rows of N outputs, and panels. Every type is a transposition of dwords: a
 // row's d-th dword becomes the panel's line d, in the row's column.
+#include "linear_scales.h"
 #include "linear_kernels.h"
 
 namespace KVP_NS {
@@ -74,17 +75,24 @@ KVP_INLINE I exchange(I x, int shift, int32_t mask) {
     return bit_xor(bit_xor(x, differing), shift_left(differing, shift));
 }
 
-// A dword of the plain weight as the panels have it.
-template <int TYPE>
+// What becomes of a dword of the plain weight on its way into a panel.
+enum class Change { none, to_unsigned, split_nibbles };
+
+Change change_of(const KvpLinear& linear) {
+    if (linear.type == KVP_I8 && linear.group == 0) return Change::to_unsigned;
+    return linear.type == KVP_I4 || linear.type == KVP_C4 ? Change::split_nibbles : Change::none;
+}
+
+template <Change CHANGE>
 KVP_INLINE I packed_dword(I x) {
-    if constexpr (TYPE == KVP_I8) return bit_xor(x, splat_int((int32_t)0x80808080));  // w + 128
-    if constexpr (TYPE == KVP_I4)
+    if constexpr (CHANGE == Change::to_unsigned) return bit_xor(x, splat_int((int32_t)0x80808080));  // w + 128
+    if constexpr (CHANGE == Change::split_nibbles)
         return exchange(exchange(x, 4, 0x00f000f0), 8, 0x0000ff00);  // 0 2 4 6 1 3 5 7
     return x;
 }
 
 // 32 rows, `row_bytes` apart, of `dwords` dwords into a panel.
-template <int TYPE>
+template <Change CHANGE>
 void transpose_rows(const char* rows, int64_t row_bytes, int dwords, char* panel) {
     int dword = 0;
     for (; dword + LANES <= dwords; dword += LANES) {
@@ -92,7 +100,7 @@ void transpose_rows(const char* rows, int64_t row_bytes, int dwords, char* panel
             I square[LANES];
             KVP_UNROLL for (int i = 0; i < LANES; i++)
                 square[i] =
-                    packed_dword<TYPE>(load_bits(rows + (column + i) * row_bytes + (int64_t)dword * 4));
+                    packed_dword<CHANGE>(load_bits(rows + (column + i) * row_bytes + (int64_t)dword * 4));
             transpose(square);
             KVP_UNROLL for (int i = 0; i < LANES; i++)
                 store_bits(panel + (int64_t)(dword + i) * LINE + column * 4, square[i]);
@@ -102,21 +110,25 @@ void transpose_rows(const char* rows, int64_t row_bytes, int dwords, char* panel
         for (int column = 0; column < PANEL; column++) {
             int32_t bits[LANES] = {};
             memcpy(bits, rows + column * row_bytes + (int64_t)dword * 4, 4);
-            store_bits(bits, packed_dword<TYPE>(load_bits(bits)));
+            store_bits(bits, packed_dword<CHANGE>(load_bits(bits)));
             memcpy(panel + (int64_t)dword * LINE + column * 4, bits, 4);
         }
     }
 }
 
-void transpose_rows(int type, const char* rows, int64_t row_bytes, int dwords, char* panel) {
-    if (type == KVP_I8) return transpose_rows<KVP_I8>(rows, row_bytes, dwords, panel);
-    if (type == KVP_I4) return transpose_rows<KVP_I4>(rows, row_bytes, dwords, panel);
-    transpose_rows<KVP_F32>(rows, row_bytes, dwords, panel);
+void transpose_rows(Change change, const char* rows, int64_t row_bytes, int dwords, char* panel) {
+    if (change == Change::to_unsigned)
+        return transpose_rows<Change::to_unsigned>(rows, row_bytes, dwords, panel);
+    if (change == Change::split_nibbles)
+        return transpose_rows<Change::split_nibbles>(rows, row_bytes, dwords, panel);
+    transpose_rows<Change::none>(rows, row_bytes, dwords, panel);
 }
 
-int bits_of(int type) { return type == KVP_F32 ? 32 : type == KVP_BF16 ? 16 : type == KVP_I8 ? 8 : 4; }
+int bits_of(int type) {
+    return type == KVP_F32 ? 32 : type == KVP_BF16 ? 16 : type == KVP_I8 || type == KVP_F8 ? 8 : 4;
+}
 
-// Copies `rows` rows to `scratch` and fills it up to 32 rows of `padded` inputs with weights of zero.
+// Copies `rows` rows to `scratch` and fills it up to 32 rows of `padded` inputs with codes that meet zeros of x.
 void copy_rows(const KvpLinear& linear, const char* source, int64_t row_bytes, int rows, char* scratch) {
     const int bits = bits_of(linear.type);
     const size_t bytes = ((size_t)linear.inputs * bits + 7) / 8;
@@ -153,7 +165,7 @@ void pack_weight(const KvpLinear& linear, const char* source, int64_t row_bytes,
             from = scratch;
             step = padded;
         }
-        transpose_rows(linear.type, from, step, (int)(padded / 4), panel);
+        transpose_rows(change_of(linear), from, step, (int)(padded / 4), panel);
     }
 }
 
@@ -174,37 +186,63 @@ KVP_INLINE uint32_t dword_at(const char* row, int index) {
     return dword;
 }
 
-void read_row4(const KvpLinear& linear, int row, const char* dwords, float* out) {
-    const int groups = linear.padded / linear.group;
-    const int64_t first = (int64_t)(row / PANEL) * groups * PANEL + row % PANEL;
-    for (int group = 0; group < groups; group++) {
-        const int64_t at = first + group * PANEL;
-        const float scale = from_bf16(((const uint16_t*)linear.scales)[at]);
-        const float offset = linear.offsets ? from_bf16(((const uint16_t*)linear.offsets)[at]) : 0.0f;
-        for (int column = group * linear.group; column < (group + 1) * linear.group; column += 8) {
-            const uint32_t codes = dword_at(dwords, column / 8);
-            for (int i = 0; i < 8 && column + i < linear.inputs; i++)
-                out[column + i] = (float)((int)(codes >> 4 * (i / 2 + i % 2 * 4) & 15) - 8) * scale + offset;
-        }
+float from_float8(uint32_t code) {
+    const uint32_t size = code & 127;
+    uint32_t bits = (size << 20) + (120u << 23);
+    float value;
+    memcpy(&value, &bits, sizeof value);
+    if (size < 8) value = (float)size * 0x1p-9f;
+    return code & 128 ? -value : value;
+}
+
+// The number of a code, before zero and scale.
+float number_of(const KvpLinear& linear, uint32_t dword, int index) {
+    float value;
+    switch (linear.type) {
+        case KVP_F32: memcpy(&value, &dword, sizeof value); return value;
+        case KVP_BF16: return from_bf16((uint16_t)(dword >> 16 * index));
+        case KVP_F8: return from_float8(dword >> 8 * index & 255);
+        case KVP_I8: return (float)(dword >> 8 * index & 255);
+        case KVP_C4: return linear.table[dword >> nibble(index) & 15];
+        default: return (float)(dword >> nibble(index) & 15);
     }
+}
+
+// What the numbers of a group become: (number - zero) * scale + offset.
+struct Meaning {
+    float zero, scale, offset;
+};
+
+Meaning meaning_of(const KvpLinear& linear, int row, int group) {
+    const bool unsigned_codes = linear.type == KVP_I8 && linear.group == 0;
+    const bool codes = linear.type == KVP_I4 || linear.type == KVP_I8;
+    Meaning meaning{unsigned_codes ? 128.0f : codes ? (float)linear.zero : 0.0f, 1.0f, 0.0f};
+    if (linear.output_scales) meaning.scale = linear.output_scales[row];
+    const auto read = [&](const KvpGroupNumbers& of, float& into) {
+        if (!of.values) return;
+        float lanes[W];
+        const int column = row % PANEL / W * W;
+        store(lanes, group_numbers(of, row / PANEL, linear.padded / linear.group, group, column));
+        into = lanes[row % W];
+    };
+    read(linear.zeros, meaning.zero);
+    read(linear.scales, meaning.scale);
+    read(linear.offsets, meaning.offset);
+    return meaning;
 }
 
 }  // namespace
 
 void read_row(const KvpLinear& linear, int row, float* out) {
     const char* const dwords = row_at(linear, row);
-    if (linear.type == KVP_I4) return read_row4(linear, row, dwords, out);
     const int of_dword = 32 / bits_of(linear.type);
-    const float scale = linear.type == KVP_I8 ? ((const float*)linear.scales)[row] : 1.0f;
-    for (int column = 0; column < linear.inputs; column += of_dword) {
-        const uint32_t dword = dword_at(dwords, column / of_dword);
-        float values[4];
-        if (linear.type == KVP_F32) memcpy(values, &dword, sizeof dword);
-        if (linear.type == KVP_BF16)
-            values[0] = from_bf16((uint16_t)dword), values[1] = from_bf16((uint16_t)(dword >> 16));
-        if (linear.type == KVP_I8)
-            for (int i = 0; i < 4; i++) values[i] = (float)((int)(dword >> 8 * i & 255) - 128) * scale;
-        for (int i = 0; i < of_dword && column + i < linear.inputs; i++) out[column + i] = values[i];
+    Meaning meaning = meaning_of(linear, row, 0);
+    for (int column = 0; column < linear.inputs; column++) {
+        if (linear.group && column && column % linear.group == 0)
+            meaning = meaning_of(linear, row, column / linear.group);
+        const float number = number_of(linear, dword_at(dwords, column / of_dword), column % of_dword);
+        volatile float product = (number - meaning.zero) * meaning.scale;  // rounded before the sum, as it is meant
+        out[linear.permutation ? linear.permutation[column] : column] = product + meaning.offset;
     }
 }
 

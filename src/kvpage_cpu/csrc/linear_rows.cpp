@@ -4,7 +4,7 @@
 namespace KVP_NS {
 
 RowForm row_form(const KvpLinear& linear) {
-    if (linear.dynamic && linear.type == KVP_I8) return RowForm::s8;
+    if (linear.dynamic && linear.type == KVP_I8 && linear.group == 0) return RowForm::s8;
     if (linear.dynamic && linear.type == KVP_I4) return RowForm::s8_group;
     return linear.type != KVP_F32 && KVP_ISA == 3 ? RowForm::bf16 : RowForm::f32;
 }
@@ -15,13 +15,18 @@ namespace {
 int scales_of_row(const KvpLinear& linear, RowForm form) {
     if (form == RowForm::s8) return 1;
     if (form == RowForm::s8_group) return linear.padded / linear.group;
-    return form == RowForm::bf16 && linear.offsets ? linear.padded / 32 : 0;
+    const bool sums = form == RowForm::bf16 && scales_sums(linear.type, linear.group) && has_offsets(linear);
+    return sums ? linear.padded / 32 : 0;
 }
 
 size_t whole_lines(size_t bytes) { return (bytes + 63) & ~(size_t)63; }
 
-// x's columns [column, column + 32), with zeros beyond `inputs`; `padded` is used where some are.
-const float* columns_at(const float* x, int inputs, int column, float (&padded)[32]) {
+// The columns [column, column + 32) of a row, with zeros beyond `inputs`; `padded` is used where they do not lie so.
+const float* columns_at(const Rows& rows, const float* x, int inputs, int column, float (&padded)[32]) {
+    if (rows.permutation) {
+        for (int i = 0; i < 32; i++) padded[i] = column + i < inputs ? x[rows.permutation[column + i]] : 0.0f;
+        return padded;
+    }
     if (column + 32 <= inputs) return x + column;
     for (int i = 0; i < 32; i++) padded[i] = column + i < inputs ? x[column + i] : 0.0f;
     return padded;
@@ -74,7 +79,7 @@ void pack_group(const Rows& rows, const RowPieces& pieces, int inputs, int colum
     float padded[32];
     F most = zero();
     for (int at = column; at < column + count; at += 32) {
-        const float* columns = columns_at(x, inputs, at, padded);
+        const float* columns = columns_at(rows, x, inputs, at, padded);
         for (int i = 0; i < 32; i += W) most = max(abs(load(columns + i)), most);
     }
     const float range = largest(most);
@@ -84,7 +89,7 @@ void pack_group(const Rows& rows, const RowPieces& pieces, int inputs, int colum
     for (int at = column; at < column + count; at += 32) {
         char* const out =
             pieces.data + at / piece_columns * pieces.step + at % piece_columns * (PIECE / piece_columns);
-        const float* columns = columns_at(x, inputs, at, padded);
+        const float* columns = columns_at(rows, x, inputs, at, padded);
         total = add(total, store_codes(rows.form == RowForm::s8_group, out, columns, inverse));
     }
     int32_t sums[W];
@@ -95,6 +100,13 @@ void pack_group(const Rows& rows, const RowPieces& pieces, int inputs, int colum
 }
 
 }  // namespace
+
+bool same_rows(const KvpLinear& a, const KvpLinear& b) {
+    const Rows of_a = rows_at(a, 1, nullptr), of_b = rows_at(b, 1, nullptr);
+    return of_a.form == of_b.form && of_a.columns == of_b.columns && of_a.group == of_b.group &&
+           of_a.block_height == of_b.block_height && of_a.permutation == of_b.permutation &&
+           scales_of_row(a, of_a.form) == scales_of_row(b, of_b.form);
+}
 
 size_t rows_bytes(const KvpLinear& linear, int count) {
     Rows rows{};
@@ -110,7 +122,8 @@ Rows rows_at(const KvpLinear& linear, int count, char* memory) {
     rows.count = count;
     rows.columns = linear.padded;
     rows.group = rows.form == RowForm::s8_group ? linear.group : 0;
-    rows.block_height = tallest(linear.type, rows.form);
+    rows.block_height = tallest(linear.type, linear.group, rows.form);
+    rows.permutation = linear.permutation;
     rows.data = memory;
     const int scales = scales_of_row(linear, rows.form);
     if (scales == 0) return rows;
@@ -138,7 +151,7 @@ void pack_row(const Rows& rows, int inputs, int row, const float* x) {
     } else {
         float padded[32];
         for (int column = 0; column < rows.columns; column += 32)
-            store_columns(rows, pieces, row, column, columns_at(x, inputs, column, padded));
+            store_columns(rows, pieces, row, column, columns_at(rows, x, inputs, column, padded));
     }
 }
 

@@ -1,14 +1,20 @@
 // Where the rows of a product lie.
 #pragma once
 #include "linear_kernels.h"
+#include "linear_scales.h"
 
 namespace KVP_NS {
 
+// Whether bf16 rows meet codes as they are, scaled at the end of each group.
+KVP_INLINE constexpr bool scales_sums(int type, int group) {
+    return KVP_ISA == 3 && (type == KVP_C4 || (type == KVP_I4 && group >= 32));
+}
+
 // Most rows of a block: what the tallest tile of the product's kind takes.
-KVP_INLINE constexpr int tallest(int type, RowForm form) {
+KVP_INLINE constexpr int tallest(int type, int group, RowForm form) {
     if (KVP_ISA < 2) return 6;
-    if (type != KVP_I4 || form == RowForm::f32) return 14;
-    return form == RowForm::s8_group && KVP_ISA == 3 ? 8 : 12;
+    if (form == RowForm::s8_group) return KVP_ISA == 3 ? 8 : 12;
+    return scales_sums(type, group) && form == RowForm::bf16 ? 12 : 14;
 }
 
 KVP_INLINE int columns_of_piece(RowForm form) {

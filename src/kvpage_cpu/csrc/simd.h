@@ -59,6 +59,13 @@ KVP_INLINE I add(I a, I b) { return _mm512_add_epi32(a, b); }
 KVP_INLINE F load_bf16(const uint16_t* p) {
     return as_float(shift_left(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16));
 }
+KVP_INLINE F load_f16(const void* p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
+KVP_INLINE I load_u8(const void* p) { return _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p)); }
+KVP_INLINE I load_i8(const void* p) { return _mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)); }
+KVP_INLINE I load_i16(const void* p) { return _mm512_cvtepi16_epi32(_mm256_loadu_si256((const __m256i*)p)); }
+KVP_INLINE F where_less(I a, I b, F yes, F no) {
+    return _mm512_mask_blend_ps(_mm512_cmplt_epi32_mask(a, b), no, yes);
+}
 #elif KVP_ISA == 1
 constexpr int W = 8;
 using F = __m256;
@@ -87,6 +94,13 @@ KVP_INLINE I bit_xor(I a, I b) { return _mm256_xor_si256(a, b); }
 KVP_INLINE I add(I a, I b) { return _mm256_add_epi32(a, b); }
 KVP_INLINE F load_bf16(const uint16_t* p) {
     return as_float(shift_left(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16));
+}
+KVP_INLINE F load_f16(const void* p) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)); }
+KVP_INLINE I load_u8(const void* p) { return _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p)); }
+KVP_INLINE I load_i8(const void* p) { return _mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p)); }
+KVP_INLINE I load_i16(const void* p) { return _mm256_cvtepi16_epi32(_mm_loadu_si128((const __m128i*)p)); }
+KVP_INLINE F where_less(I a, I b, F yes, F no) {
+    return _mm256_blendv_ps(no, yes, _mm256_castsi256_ps(_mm256_cmpgt_epi32(b, a)));
 }
 #else  // GCC's vector extension: SSE2, NEON, or whatever the compiler makes of it
 constexpr int W = 4;
@@ -123,6 +137,25 @@ KVP_INLINE I bit_xor(I a, I b) { return a ^ b; }
 KVP_INLINE I add(I a, I b) { return a + b; }
 KVP_INLINE F load_bf16(const uint16_t* p) {
     return (F)(I{p[0], p[1], p[2], p[3]} << 16);
+}
+template <class T> KVP_INLINE I load_integers(const void* p) {
+    T x[W];
+    memcpy(x, p, sizeof x);
+    return I{x[0], x[1], x[2], x[3]};
+}
+KVP_INLINE I load_u8(const void* p) { return load_integers<uint8_t>(p); }
+KVP_INLINE I load_i8(const void* p) { return load_integers<int8_t>(p); }
+KVP_INLINE I load_i16(const void* p) { return load_integers<int16_t>(p); }
+KVP_INLINE F where_less(I a, I b, F yes, F no) {
+    const I less = a < b;
+    return (F)(((I)yes & less) | ((I)no & ~less));
+}
+KVP_INLINE F load_f16(const void* p) {
+    const I bits = load_integers<uint16_t>(p), size = bits & 0x7fff;
+    const I endless = (size >= 0x7c00) & (112 << 23);  // exponents of inf and NaN
+    const F normal = (F)((size << 13) + (112 << 23) + endless);
+    const F value = where_less(size, splat_int(0x400), to_float(size) * splat(0x1p-24f), normal);
+    return (F)((I)value | (bits & 0x8000) << 16);
 }
 #endif
 

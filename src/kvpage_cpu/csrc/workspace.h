@@ -27,15 +27,21 @@ class Carver {
     size_t used_ = 0;
 };
 
+int64_t qkv_width(const KvpLayer& layer) {
+    int64_t width = 0;
+    for (int i = 0; i < layer.num_qkv; i++) width += layer.qkv[i].outputs;
+    return width;
+}
 int64_t q_width(const KvpLayer& layer) { return (int64_t)layer.heads * layer.head_dim; }
 int64_t attended_width(const KvpLayer& layer) { return (int64_t)layer.heads * layer.v_head_dim; }
 
 // What `up` leaves for `down`: straight into its packed rows where that is possible.
 bool flows_into_down(const KvpMlp& mlp) {
     const RowForm form = row_form(mlp.down);
-    return (form == RowForm::f32 || form == RowForm::bf16) && mlp.down.inputs % PANEL == 0;
+    const bool takes_pieces = (form == RowForm::f32 || form == RowForm::bf16) && !mlp.down.permutation;
+    return takes_pieces && mlp.num_up == 1 && mlp.down.inputs % PANEL == 0;
 }
-bool gates_in_product(const KvpMlp& mlp) { return mlp.gated && mlp.down.inputs % PANEL == 0; }
+bool gates_in_product(const KvpMlp& mlp) { return mlp.gated && mlp.num_up == 1 && mlp.down.inputs % PANEL == 0; }
 
 KvpAttention attention_of(const KvpModel& model, const KvpStep& step, int index) {
     const KvpLayer& layer = model.layers[index];
@@ -70,9 +76,13 @@ struct FeedSizes {
     void rows(const KvpLinear& linear) { grow(widest_rows, rows_bytes(linear, tile)); }
 
     void mlp(const KvpMlp& part) {
-        rows(part.up);
+        size_t outputs = 0;
+        for (int i = 0; i < part.num_up; i++) {
+            rows(part.up[i]);
+            outputs += (size_t)part.up[i].outputs;
+        }
         grow(widest_inner, rows_bytes(part.down, tile));
-        if (!flows_into_down(part)) grow(widest_up, (size_t)part.up.outputs);
+        if (!flows_into_down(part)) grow(widest_up, outputs);
     }
 
     void mixture(const KvpMixture& part) {
@@ -117,11 +127,11 @@ struct Workspace {
         scratch_size = at_least(multiply_scratch_bytes(), sizeof(float) * model.hidden);
         for (int i = 0; i < model.num_layers; i++) {
             const KvpLayer& layer = model.layers[i];
-            widest_qkv = at_least(widest_qkv, (int64_t)layer.qkv.outputs);
+            widest_qkv = at_least(widest_qkv, qkv_width(layer));
             widest_q = at_least(widest_q, q_width(layer));
             if (layer.head_dim != layer.v_head_dim)
                 widest_attended = at_least(widest_attended, attended_width(layer));
-            sizes.rows(layer.qkv);
+            for (int part = 0; part < layer.num_qkv; part++) sizes.rows(layer.qkv[part]);
             sizes.rows(layer.out);
             if (layer.mixture) sizes.mixture(*layer.mixture);
             else sizes.mlp(layer.mlp);
