@@ -16,12 +16,16 @@ def words(count: int, bits: int, *, padded: bool) -> int:
     return -(-count // (32 // bits)) if padded else -(-count * bits // 32)
 
 
+def in_bytes(packed: torch.Tensor) -> torch.Tensor:
+    """packed int32 [rows, words] -> uint8 [rows, 4 words]; a view of it where it is contiguous."""
+    return packed.reshape(-1).view(torch.uint8).view(packed.shape[0], 4 * packed.shape[1])
+
+
 def unpack(packed: torch.Tensor, count: int, bits: int, *, padded: bool) -> torch.Tensor:
     """packed int32 [rows, words] -> uint8 [rows, count] of 0 to 2**bits - 1; a view of ``packed`` where bits is 8."""
-    packed = packed.contiguous()
     if padded and 32 % bits:
         return _unpack_padded(packed, count, bits)
-    stored = packed.view(torch.uint8)
+    stored = in_bytes(packed)
     if bits == 8:
         return stored[:, :count]
     rows, runs = packed.shape[0], -(-count // 8)  # eight values are ``bits`` bytes

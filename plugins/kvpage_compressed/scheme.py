@@ -21,13 +21,14 @@ from kvpage.api.quant import (
     WeightForm,
 )
 from kvpage_compressed.config import Group, Targets, read_groups, wrong
-from kvpage_compressed.packing import nibbles, unpack, words
+from kvpage_compressed.packing import in_bytes, nibbles, unpack, words
 
 LOG = logging.getLogger("kvpage")
 PLAIN = ("bfloat16", "float16", "float32", "float64")
 SCALES = ("bfloat16", "float16", "float32")
-STREAM_SINCE = (0, 19)
-"""The version that first let values of 3, 5, 6 and 7 bits straddle words."""
+STREAM_SINCE = (0, 18)
+"""Versions before it let no value of 3, 5, 6 or 7 bits straddle words: 0.17 is the last known so, 0.19 the first that
+does."""
 
 
 class CompressedTensors(QuantScheme):
@@ -103,17 +104,19 @@ class CompressedTensors(QuantScheme):
         return self._integers(group, linear, tensors)
 
     def sketch(self, linear: LinearSpec, view: CheckpointView) -> WeightForm | None:
-        """Only ``weight_g_idx`` is read: by it inputs are ordered."""
+        """Of a matrix with ``weight_g_idx``, which is read: it says how many inputs share a scale, and in what order."""
         specs = self.tensors(linear, view)
+        name, expected = f"{linear.name}.weight_g_idx", specs.get("weight_g_idx")
+        if expected is None or name not in view.names():
+            return None
+        info = view.info(name)
+        if (info.shape, info.dtype) != (expected.shape, expected.dtype):
+            return None
         tensors = {
             suffix: torch.empty(spec.shape, dtype=getattr(torch, spec.dtype), device="meta")
             for suffix, spec in specs.items()
         }
-        if not tensors:
-            return None
-        if "weight_g_idx" in tensors:
-            tensors["weight_g_idx"] = view.read(f"{linear.name}.weight_g_idx")
-        return self.to_form(linear, tensors)
+        return self.to_form(linear, {**tensors, "weight_g_idx": view.read(name)})
 
     def _group(self, linear: LinearSpec) -> Group | None:
         """The group that ``linear`` is of; ``None``: it is left out."""
@@ -171,9 +174,9 @@ class CompressedTensors(QuantScheme):
         return specs
 
     def _is_padded(self, group: Group, linear: LinearSpec, view: CheckpointView) -> bool:
-        """Whether words are padded: as the packed width says, then that of the zero points, then the version."""
-        if 32 % group.bits == 0:
-            return False
+        """Whether words are padded: as an old version says, else as the packed width, then that of the zero points."""
+        if 32 % group.bits == 0 or self._version < STREAM_SINCE:
+            return 32 % group.bits != 0
         widths = [("weight_packed", 1, linear.in_features), ("weight_zero_point", 0, linear.out_features)]
         for suffix, dimension, count in widths:
             old, new = words(count, group.bits, padded=True), words(count, group.bits, padded=False)
@@ -182,7 +185,7 @@ class CompressedTensors(QuantScheme):
                 continue
             shape = view.info(name).shape
             return len(shape) == 2 and shape[dimension] == old
-        return self._version < STREAM_SINCE
+        return False
 
     def _zero_point(
         self,
@@ -235,7 +238,7 @@ class CompressedTensors(QuantScheme):
         order, step, taken = self._order(group, linear, tensors.get("weight_g_idx"))
         if group.packed and group.bits == 4 and order is None and inputs % 2 == 0:
             # The file's bytes are the form's: code + 8, an even input in the low half.
-            codes = tensors["weight_packed"].contiguous().view(torch.uint8)[:, : inputs // 2].contiguous()
+            codes = in_bytes(tensors["weight_packed"])[:, : inputs // 2].contiguous()
             bits = 4
         else:
             shifted = self._shifted(group, linear, tensors, padded)
@@ -374,6 +377,6 @@ def _found_shape(
 
 
 def _version(stated: object) -> tuple[int, ...]:
-    """ "0.17.1" -> (0, 17); without one the current."""
+    """ "0.17.1" -> (0, 17); without one a current version."""
     parts = str(stated).split(".")[:2]
     return tuple(int(part) for part in parts) if all(part.isdecimal() for part in parts) else STREAM_SINCE
