@@ -59,8 +59,13 @@ class GGUFScheme(QuantScheme):
     def tensors(self, linear: LinearSpec, view: CheckpointView) -> Mapping[str, TensorSpec]:
         names = view.names()
         found = [name for name in SIZES if f"{linear.name}.{name}" in names]
-        if not found:
+        if not found and f"{linear.name}.weight" in names:
             return {}
+        if not found:
+            raise CheckpointError(
+                f"{view.where(linear.name)}: the tensor of {linear.name!r}, {linear.out_features} x "
+                f"{linear.in_features}, is missing; the file is incomplete, or of another architecture than it states"
+            )
         if len(found) > 1:
             raise CheckpointError(
                 f"{view.where(linear.name)}: {linear.name!r} is stored as {' and as '.join(found)}; it must be once"

@@ -203,7 +203,7 @@ class Codebook(PackedForm):
         values = self.table.new_empty((rows, inputs))
         values[:, 0::2] = self.table[(self.codes & 15).int()]
         values[:, 1::2] = self.table[(self.codes >> 4).int()]
-        values.view(rows, -1, self.group).mul_(self.scales.float().unsqueeze(2))
+        values.view(rows, inputs // self.group, self.group).mul_(self.scales.float().unsqueeze(2))
         return values
 
     def inputs(self, start: int, stop: int) -> Codebook | None:
@@ -305,7 +305,9 @@ def _scaled(values: torch.Tensor, shared: torch.Tensor | None) -> torch.Tensor:
     if shared is None:
         return values.float()
     rows, count = shared.shape
-    return (shared.float().unsqueeze(2) * values.float().view(rows, count, -1)).view(values.shape)
+    return (shared.float().unsqueeze(2) * values.float().view(rows, count, values.shape[1] // count)).view(
+        values.shape
+    )
 
 
 def _unfit(
