@@ -82,7 +82,8 @@ class EngineOptions:
         quantization: quantization scheme, by name: "int8", "int8-weight-only", "int4" and "int4-weight-only"
             quantize plain weights while they load. A quantized checkpoint names its own.
         quantization_config: options of that scheme; {"quantize_head": false} leaves output head and token embedding
-            as they are.
+            as they are. For a checkpoint that is quantized already: {"int8_activations": false} lets no kernel round
+            activations, which int4 kernels do in models of 16 bits.
         tensor_parallel_size: ranks the model is split over; more than 1 has not landed yet.
         seed: makes requests without a seed of their own repeatable in submission order; ``None`` = entropy.
         max_logprobs: most top log-probabilities a request may ask for; -1 = no limit.
@@ -170,11 +171,6 @@ class EngineOptions:
         if config is not None and not isinstance(config, Mapping):
             raise ConfigError(
                 f"quantization_config must be a mapping such as {{'quantize_head': False}}, got {config!r:.80}"
-            )
-        if config and self.quantization is None:
-            raise ConfigError(
-                "quantization_config has the options of a scheme that quantizes while loading, and quantization names "
-                "none: give quantization='int8' (or another) too"
             )
         if self.tensor_parallel_size != 1:
             raise ConfigError(

@@ -193,7 +193,7 @@ def quantized(folder: Path, **stated: Any) -> Path:
 
 def test_what_cannot_be_quantized_so_is_refused_with_a_way_out(tmp_path: Path) -> None:
     plain = write_checkpoint(tmp_path / "plain", tokenizer=False)
-    packed = quantized(write_checkpoint(tmp_path / "packed", tokenizer=False), quant_method="awq", bits=4)
+    packed = quantized(write_checkpoint(tmp_path / "packed", tokenizer=False), quant_method="exl3", bits=4)
     unknown = refused(plain, quantization="sevenbit")
     assert unknown.startswith("CheckpointError:")
     assert "is not quantized, and quantization='sevenbit' is no registered scheme" in unknown
@@ -202,8 +202,8 @@ def test_what_cannot_be_quantized_so_is_refused_with_a_way_out(tmp_path: Path) -
     assert "kvpage_quantization_schemes" in unknown
     nobody = refused(packed)
     assert nobody.startswith("CheckpointError:")
-    assert "quantized (awq)" in nobody
-    assert "quantized (awq)" in refused(packed, quantization="int8")
+    assert "quantized (exl3)" in nobody
+    assert "quantized (exl3)" in refused(packed, quantization="int8")
 
 
 def test_options_are_not_for_a_checkpoint_that_states_its_own(tmp_path: Path) -> None:

@@ -170,9 +170,9 @@ def test_a_damaged_checkpoint_is_refused_before_anything_is_read(
 
 def test_only_tensors_that_nobody_uses_are_warned_of(tmp_path: Path) -> None:
     definition, scheme = define(), StoredInt8()
-    tensors = {**packed_tensors(definition, scheme), f"{NAME}.g_idx": torch.ones(24)}
+    tensors = {**packed_tensors(definition, scheme), f"{NAME}.leftover": torch.ones(24)}
     (warning,) = load(tmp_path, definition, tensors, scheme).warnings
-    assert f"1 tensors of the checkpoint are not used by this model: {NAME}.g_idx" in warning
+    assert f"1 tensors of the checkpoint are not used by this model: {NAME}.leftover" in warning
 
 
 class Faulty(StoredInt8):

@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 import torch
 
+from kvpage.api.quant import GroupedInt
 from kvpage.cli.main import main
 from kvpage.config import EngineOptions
-from kvpage.engine.held import computes, planned_holding
+from kvpage.engine.held import holder, planned_holding
 from kvpage.engine.quantization import find_scheme
 from kvpage.engine.source import define_model, find_model, open_weights
 from kvpage.loading.memory import Arena
@@ -40,10 +41,10 @@ def test_the_planned_bytes_are_those_that_loading_takes(name: str) -> None:
     choice = find_scheme(options, source.config, registry)
     assert choice is not None
     view = open_weights(options, source, definition)
-    kernel_of = computes(list(choose_kernels(registry.linear_kernels())[0].values()), "cpu", "bfloat16")
+    hold = holder(list(choose_kernels(registry.linear_kernels())[0].values()), "cpu", "bfloat16")
     loaded = load_weights(
         definition, view, dtype=torch.bfloat16, device="cpu", arena=Arena(), scheme=choice.open(view),
-        computed=lambda form: kernel_of(form) is not None,
+        hold=hold,
     )  # fmt: skip
     holding = planned_holding(options, registry)
     assert holding is not None
@@ -83,3 +84,29 @@ def test_the_numbers_are_in_json(capsys: pytest.CaptureFixture[str]) -> None:
     (line,) = found["held"]
     assert line["matrices"] == 14
     assert line["kernel"] == "cpu"
+
+
+@pytest.mark.parametrize("int8_activations", [True, False])
+def test_rounding_of_activations_can_be_turned_off(int8_activations: bool) -> None:
+    options = EngineOptions(
+        model=str(DATA / "gptq-4bit-g32-sym"), quantization_config={"int8_activations": int8_activations}
+    )
+    registry = PluginRegistry()
+    choice = find_scheme(options, find_model(options, registry).config, registry)
+    assert choice is not None
+    hold = holder(
+        list(choose_kernels(registry.linear_kernels())[0].values()),
+        "cpu",
+        "bfloat16",
+        int8_activations=choice.int8_activations,
+    )
+    held = hold(
+        GroupedInt(
+            codes=torch.zeros(32, 32, dtype=torch.uint8),
+            scales=torch.ones(32, 2),
+            group=32,
+            activation="per-group",
+        )
+    )
+    assert isinstance(held, GroupedInt)
+    assert held.activation == ("per-group" if int8_activations else "none")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 
@@ -47,6 +48,23 @@ def computes(
         return None
 
     return kernel_of
+
+
+def holder(
+    kernels: Sequence[type[LinearKernel]], device: str, dtype: str, *, int8_activations: bool = True
+) -> Callable[[WeightForm], WeightForm | None]:
+    """form -> what an engine holds of it: itself, or ``None`` where no kernel computes it packed.
+
+    ``int8_activations=False``: no kernel may round activations, whatever the format allows.
+    """
+    kernel_of = computes(kernels, device, dtype)
+
+    def hold(form: WeightForm) -> WeightForm | None:
+        if not int8_activations and isinstance(form, (GroupedInt, ChannelInt8)):
+            form = replace(form, activation="none")
+        return form if kernel_of(form) is not None else None
+
+    return hold
 
 
 def planned_holding(options: EngineOptions, registry: PluginRegistry) -> Holding | None:

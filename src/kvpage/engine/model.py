@@ -10,7 +10,7 @@ import torch
 from kvpage.api.model import CausalLM, ModelDefinition
 from kvpage.config import EngineOptions, resolve_context
 from kvpage.engine.backends import Backends
-from kvpage.engine.held import computes
+from kvpage.engine.held import holder
 from kvpage.engine.quantization import SchemeChoice
 from kvpage.engine.source import Source, open_weights
 from kvpage.errors import CheckpointError
@@ -64,7 +64,6 @@ def make_model(
             ) from refused
         return EngineModel(model, "transformers", "the model's own code")
     view = open_weights(options, source, definition)
-    kernel_of = computes(backends.env.linear_kernels, backends.env.device, backends.env.dtype)
     weights = load_weights(
         definition,
         view,
@@ -72,7 +71,12 @@ def make_model(
         device=device,
         arena=arena,
         scheme=None if scheme is None else scheme.open(view),
-        computed=lambda form: kernel_of(form) is not None,
+        hold=holder(
+            backends.env.linear_kernels,
+            device,
+            backends.env.dtype,
+            int8_activations=scheme is None or scheme.int8_activations,
+        ),
     )
     for warning in weights.warnings:
         LOG.warning("%s", warning)

@@ -16,16 +16,22 @@ from kvpage.plugins.discovery import describe
 from kvpage.plugins.factories import load_class
 
 HOOK = "kvpage_quantization_schemes"
+INT8_ACTIVATIONS = "int8_activations"
+"""The key of the engine's ``quantization_config`` for a checkpoint that is quantized already."""
 
 
 @dataclass(frozen=True, slots=True)
 class SchemeChoice:
     """A scheme and the ``quantization_config`` it is made with: the checkpoint's, or the engine option of that name
-    for a scheme that quantizes plain weights."""
+    for a scheme that quantizes plain weights.
+
+    ``int8_activations``: kernels may round activations to int8 where the format allows it.
+    """
 
     record: QuantizationSchemeRecord
     kind: type[QuantScheme]
     config: Mapping[str, Any] = field(default_factory=dict)
+    int8_activations: bool = True
 
     def open(self, view: CheckpointView) -> QuantScheme:
         """The scheme for the tensors of ``view``.
@@ -64,6 +70,11 @@ def find_scheme(options: EngineOptions, config: HFConfig, registry: PluginRegist
     if config.quantization is not None:
         return _stated(options, config, config.quantization, records)
     if options.quantization is None:
+        if options.quantization_config:
+            raise ConfigError(
+                f"quantization_config has the options of a scheme, {config.source} is not quantized, and quantization "
+                "names none: give quantization='int8' (or another) too"
+            )
         return None
     record = next((record for record in records if record.name == options.quantization), None)
     if record is None:
@@ -103,17 +114,19 @@ def _stated(
             f"quantization={options.quantization!r} contradicts {config.source}, which is quantized by {method!r}: "
             "leave the option out, or give the unquantized checkpoint"
         )
-    if options.quantization_config:
+    given = dict(options.quantization_config or {})
+    int8_activations = given.pop(INT8_ACTIVATIONS, True)
+    if given or not isinstance(int8_activations, bool):
         raise ConfigError(
-            f"quantization_config={dict(options.quantization_config)!r:.80} is for plain weights, and {config.source} is "
-            f"quantized ({method}) and states its own: leave the option out"
+            f"quantization_config={dict(options.quantization_config or {})!r:.80}: {config.source} is quantized "
+            f"({method}) and states its own; {INT8_ACTIVATIONS}, true or false, is what can be chosen"
         )
     if options.load_format == "dummy":
         raise ConfigError(
             f"load_format='dummy' makes plain weights, and {config.source} is quantized ({method}): remove its "
             "quantization_config"
         )
-    return SchemeChoice(record, _load(record), stated)
+    return SchemeChoice(record, _load(record), stated, int8_activations)
 
 
 def _aliases(record: QuantizationSchemeRecord, method: str) -> list[str]:

@@ -32,7 +32,7 @@ class QuantizedWeights:
         parameters, refs: all of the model, and where they lie.
         read_plain: a plain weight [out, in] in the checkpoint's dtype, for schemes that quantize those.
         plain_pieces: the same, a few outputs after another; each is valid until the next is taken.
-        computed: whether a kernel computes a form as it is held. Any other is dequantized to ``dtype``.
+        hold: the form that is held in place of one that was read; ``None``: its values in ``dtype`` are.
 
     Attributes:
         packed: parameters that lie in tensors of the scheme's own, not in plain ones.
@@ -52,11 +52,11 @@ class QuantizedWeights:
         refs: Mapping[str, WeightRef],
         read_plain: Callable[[Parameter], torch.Tensor],
         plain_pieces: Callable[[Parameter], Iterator[torch.Tensor]],
-        computed: Callable[[WeightForm], bool],
+        hold: Callable[[WeightForm], WeightForm | None],
         dtype: torch.dtype,
     ) -> None:
         self._scheme, self._view, self._refs = scheme, view, refs
-        self._computed, self._dtype = computed, dtype
+        self._hold, self._dtype = hold, dtype
         self._read_plain, self._plain_pieces = read_plain, plain_pieces
         self._matrices: dict[str, _Matrix] = {}
         self.packed: set[str] = set()
@@ -143,13 +143,14 @@ class QuantizedWeights:
             return _a_form(form.take(torch.cat(parts)), "take()")
 
     def _made(self, linear: LinearSpec, tensors: Mapping[str, torch.Tensor]) -> WeightForm:
-        """What the scheme makes of ``tensors``, if a kernel computes that; else its values in the model's dtype."""
+        """What the scheme makes of ``tensors``, as it is held: packed, or its values in the model's dtype."""
         assert self._scheme is not None
         form = _made(self._scheme, linear, tensors)
         if isinstance(form, Dense):
             return Dense(form.tensor.to(self._dtype))
-        if self._computed(form):
-            return form
+        held = self._hold(form)
+        if held is not None:
+            return held
         self.dequantized[linear.name] = None
         with _blamed(self._scheme, linear):
             return Dense(form.dequantize().to(self._dtype))

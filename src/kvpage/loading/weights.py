@@ -22,7 +22,7 @@ from kvpage.loading.places import columns, entry_shape, fits, present, ranges
 from kvpage.loading.quantized import QuantizedWeights, packed_names
 
 FLOATS = frozenset({"float64", "float32", "float16", "bfloat16"})
-KNOWN_BUFFERS = (".inv_freq", ".masked_bias", ".attn.bias", ".attention.bias", "position_ids")
+KNOWN_BUFFERS = (".inv_freq", ".masked_bias", ".attn.bias", ".attention.bias", "position_ids", ".g_idx")
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +41,7 @@ def load_weights(
     device: torch.device | str,
     arena: Arena,
     scheme: QuantScheme | None = None,
-    computed: Callable[[WeightForm], bool] = lambda form: True,
+    hold: Callable[[WeightForm], WeightForm | None] = lambda form: form,
     progress: Callable[[int, int], None] | None = None,
 ) -> LoadedWeights:
     """Every parameter of ``definition``, in ``dtype`` on ``device``; CPU memory comes from ``arena``.
@@ -51,14 +51,15 @@ def load_weights(
 
     Args:
         scheme: gives the forms of the linear weights (and tables) that it holds; without one all are ``Dense``.
-        computed: whether a kernel computes a form packed; any other is dequantized to ``dtype`` as it is loaded.
+        hold: the form that is held in place of the scheme's; ``None``, where no kernel computes it packed: its
+            values in ``dtype``.
         progress: called with (bytes so far, bytes in all) of the weights in ``dtype``.
 
     Raises:
         CheckpointError: a tensor is missing, or has another shape or dtype than model or scheme expect.
         PluginError: ``scheme`` fails, or gives a form of another shape.
     """
-    loader = _Loader(definition, view, dtype, torch.device(device), arena, scheme, computed, progress)
+    loader = _Loader(definition, view, dtype, torch.device(device), arena, scheme, hold, progress)
     return loader.load()
 
 
@@ -71,7 +72,7 @@ class _Loader:
         device: torch.device,
         arena: Arena,
         scheme: QuantScheme | None,
-        computed: Callable[[WeightForm], bool],
+        hold: Callable[[WeightForm], WeightForm | None],
         progress: Callable[[int, int], None] | None,
     ) -> None:
         self._view, self._dtype, self._device, self._arena, self._progress = (
@@ -96,7 +97,7 @@ class _Loader:
             self._refs,
             self._read_plain,
             self._plain_pieces,
-            computed,
+            hold,
             dtype,
         )
         self._total = sum(_count(parameter) for parameter in self._parameters) * dtype.itemsize
