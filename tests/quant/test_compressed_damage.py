@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 import torch
 from compressed_packer import DOWN, HEAD, Q, Recipe, changed, checkpoint
+from hypothesis import given
+from hypothesis import strategies as st
 
 from kvpage import CheckpointError
 from kvpage.api.quant import CheckpointView, WeightForm
@@ -339,3 +341,37 @@ def test_a_group_without_weights_quantizes_none() -> None:
     sample = checkpoint(Recipe())
     scheme = opened(changed(sample.config, group={"weights": None}), sample.view())
     assert scheme.tensors(linear("lm_head", 16, 64), sample.view()) == {}
+
+
+ANYTHING = st.recursive(
+    st.none() | st.booleans() | st.integers(-2, 2**70) | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=6,
+)
+PLACES = [
+    *(("top", key) for key in checkpoint(Recipe()).config if key != "quant_method"),
+    *(("group", key) for key in ("targets", "weights", "input_activations", "output_activations", "format")),
+    *(("weights", key) for key in checkpoint(Recipe()).config["config_groups"]["group_0"]["weights"]),
+    *(("input_activations", key) for key in ("num_bits", "type", "dynamic", "strategy", "symmetric")),
+]
+
+
+@given(changes=st.lists(st.tuples(st.sampled_from(PLACES), ANYTHING), min_size=1, max_size=2))
+def test_whatever_a_config_holds_it_is_read_or_refused(changes: list[tuple[tuple[str, str], Any]]) -> None:
+    sample = checkpoint(Recipe(activations="int"), (linear(Q, 8, 32),))
+    config: dict[str, Any] = dict(sample.config)
+    for (part, key), value in changes:
+        group = config["config_groups"].get("group_0") if isinstance(config["config_groups"], dict) else None
+        inner = group.get(part) if isinstance(group, dict) else None
+        if part == "top" or not isinstance(group, dict):
+            config[key] = value
+        elif part == "group" or isinstance(inner, dict):
+            config = changed(config, **{part: {key: value}})
+    other = QuantSample(config=config, tensors=sample.tensors, linears=sample.linears)
+    try:
+        found = opened(config, other.view()).tensors(sample.linears[0], other.view())
+        form = read(other) if found else None
+    except CheckpointError as error:
+        assert "should" in str(error) or "is missing" in str(error)
+    else:
+        assert form is None or form.shape == (8, 32)

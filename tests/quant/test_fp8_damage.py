@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from test_fp8_conformance import HEAD, KINDS, Q, checkpoint
 
 from kvpage import CheckpointError
@@ -193,3 +195,26 @@ def test_a_module_that_is_left_out_and_quantized_is_refused() -> None:
         scheme.tensors(sample.linears[0], view)
     for part in (FILE, f"'{Q}.weight' should be plain", "found float8_e4m3fn with weight_scale"):
         assert part in str(caught.value)
+
+
+ANYTHING = st.recursive(
+    st.none() | st.booleans() | st.integers(-2, 2**70) | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=6,
+)
+KEYS = sorted({"quant_method", "fmt", *(key for config in KINDS.values() for key in config)})
+
+
+@given(changes=st.dictionaries(st.sampled_from(KEYS), ANYTHING, min_size=1, max_size=2))
+def test_whatever_a_config_holds_it_is_read_or_refused(changes: dict[str, Any]) -> None:
+    sample = checkpoint("tensor", (linear(Q, 8, 32),))
+    config = {**sample.config, **changes}
+    other = QuantSample(config=config, tensors=sample.tensors, linears=sample.linears)
+    try:
+        scheme = Fp8Checkpoint.from_checkpoint(config, other.view())
+        found = scheme.tensors(sample.linears[0], other.view())
+        form = read(other) if found else None
+    except CheckpointError as error:
+        assert "should" in str(error) or "is missing" in str(error)
+    else:
+        assert form is None or form.shape == (8, 32)
