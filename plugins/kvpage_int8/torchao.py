@@ -98,8 +98,8 @@ class TorchAO(QuantScheme):
             stated[ZERO] = TensorSpec(shape=shape, dtype=zero, shard_dim=shard, group=size)
         for part in OF_ACTIVATIONS:
             if part in stored.parts:
-                info = self._info(linear, part)
-                stated[part] = TensorSpec(shape=info.shape, dtype=info.dtype)
+                dtype = self._dtype(linear, part, (*SCALES, "int8"))
+                stated[part] = TensorSpec(shape=self._info(linear, part).shape, dtype=dtype)
         return stated
 
     def to_form(self, linear: LinearSpec, tensors: Mapping[str, torch.Tensor]) -> WeightForm:
