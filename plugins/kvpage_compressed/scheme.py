@@ -26,9 +26,9 @@ from kvpage_compressed.packing import in_bytes, nibbles, unpack, words
 LOG = logging.getLogger("kvpage")
 PLAIN = ("bfloat16", "float16", "float32", "float64")
 SCALES = ("bfloat16", "float16", "float32")
-STREAM_SINCE = (0, 18)
-"""Versions before it let no value of 3, 5, 6 or 7 bits straddle words: 0.17 is the last known so, 0.19 the first that
-does."""
+ALL_PADDED_BEFORE, STREAM_SINCE = (0, 17), (0, 18)
+"""Values of 3, 5, 6 and 7 bits straddle words in no version before the first, in all from the second on; between them
+releases differ from previews."""
 
 
 class CompressedTensors(QuantScheme):
@@ -174,8 +174,8 @@ class CompressedTensors(QuantScheme):
         return specs
 
     def _is_padded(self, group: Group, linear: LinearSpec, view: CheckpointView) -> bool:
-        """Whether words are padded: as an old version says, else as the packed width, then that of the zero points."""
-        if 32 % group.bits == 0 or self._version < STREAM_SINCE:
+        """Whether words are padded: as their number says, or that of the zero points' words, or the version."""
+        if 32 % group.bits == 0 or self._version < ALL_PADDED_BEFORE:
             return 32 % group.bits != 0
         widths = [("weight_packed", 1, linear.in_features), ("weight_zero_point", 0, linear.out_features)]
         for suffix, dimension, count in widths:
@@ -185,7 +185,7 @@ class CompressedTensors(QuantScheme):
                 continue
             shape = view.info(name).shape
             return len(shape) == 2 and shape[dimension] == old
-        return False
+        return self._version < STREAM_SINCE
 
     def _zero_point(
         self,

@@ -82,7 +82,7 @@ def config_of(recipe: Recipe) -> dict[str, Any]:
     return {
         "quant_method": "compressed-tensors", "format": recipe.form, "config_groups": {"group_0": group},
         "ignore": ["lm_head", "model.layers.7.nothing"], "quantization_status": "compressed", "kv_cache_scheme": None,
-        "sparsity_config": {}, "transform_config": {}, "version": "0.17.1" if recipe.padded else "0.19.0",
+        "sparsity_config": {}, "transform_config": {}, "version": "0.12.2" if recipe.padded else "0.19.0",
     }  # fmt: skip
 
 

@@ -153,11 +153,13 @@ def test_fewer_bits_than_the_config_says_are_refused() -> None:
     assert "weight_packed" in refusal(eight)
 
 
-@pytest.mark.parametrize("version", ["0.19.0", "0.20.1.a20261001", None, "strange"])
-def test_padded_words_are_known_by_their_number(version: str | None) -> None:
-    """A checkpoint that a new version saved again, or one that names none, may still be padded."""
+@pytest.mark.parametrize("version", ["0.17.1", "0.19.0", "0.20.1.a20261001", None, "strange"])
+@pytest.mark.parametrize("padded", [True, False])
+def test_words_are_known_by_their_number_whatever_a_version_from_0_17_on_says(
+    version: str | None, padded: bool
+) -> None:
     for symmetric in (True, False):
-        sample = checkpoint(Recipe(bits=3, padded=True, symmetric=symmetric))
+        sample = checkpoint(Recipe(bits=3, padded=padded, symmetric=symmetric))
         config = changed(sample.config, top={"version": version})
         again = QuantSample(config=config, tensors=sample.tensors, linears=sample.linears)
         assert torch.equal(read(again).dequantize(), sample.oracle[Q])
@@ -375,3 +377,30 @@ def test_whatever_a_config_holds_it_is_read_or_refused(changes: list[tuple[tuple
         assert "should" in str(error) or "is missing" in str(error)
     else:
         assert form is None or form.shape == (8, 32)
+
+
+@pytest.mark.parametrize(
+    ("version", "padded"), [("0.8.1", True), ("0.17.1", True), ("0.19.0", False), (None, False)]
+)
+def test_where_the_number_of_words_is_the_same_the_version_decides(version: str | None, padded: bool) -> None:
+    """20 values of 3 bits take two words in both layouts."""
+    sample = checkpoint(Recipe(bits=3, padded=padded), (linear(Q, 7, 20),))
+    config = changed(sample.config, top={"version": version})
+    again = QuantSample(config=config, tensors=sample.tensors, linears=sample.linears)
+    assert torch.equal(read(again).dequantize(), sample.oracle[Q])
+
+
+def test_where_the_weights_words_do_not_tell_those_of_the_zero_points_do() -> None:
+    """96 outputs of 3 bits take ten padded words and nine others."""
+    for padded in (True, False):
+        sample = checkpoint(Recipe(bits=3, padded=padded, symmetric=False), (linear(Q, 96, 20),))
+        config = changed(sample.config, top={"version": "0.17.1"})
+        again = QuantSample(config=config, tensors=sample.tensors, linears=sample.linears)
+        assert torch.equal(read(again).dequantize(), sample.oracle[Q])
+
+
+def test_too_few_words_of_an_old_version_are_refused() -> None:
+    """As many as values that straddle would take."""
+    sample = checkpoint(Recipe(bits=3, padded=True))
+    message = refusal(sample, weight_packed=sample.tensors[f"{Q}.weight_packed"][:, :-1])
+    assert f"'{Q}.weight_packed'" in message
