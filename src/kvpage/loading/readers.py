@@ -21,6 +21,8 @@ from kvpage.loading.safetensors import SafetensorsFile
 SLICE_BYTES = 4 * 2**20
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+INDEX_ENDING = ".safetensors.index.json"
+"""auto-gptq names its files by the format ("gptq_model-4bit-128g")."""
 OTHER_FORMATS = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack", "*.gguf")
 
 
@@ -43,8 +45,9 @@ def open_checkpoint(path: Path) -> CheckpointView:
         raise CheckpointError(f"{path} is not a folder; give the folder of a checkpoint")
     if (path / SINGLE_FILE).is_file():
         return SafetensorsView([SafetensorsFile(path / SINGLE_FILE)])
-    if (path / INDEX_FILE).is_file():
-        return _open_shards(path)
+    indexes = [path / INDEX_FILE] if (path / INDEX_FILE).is_file() else sorted(path.glob(f"*{INDEX_ENDING}"))
+    if len(indexes) == 1:
+        return _open_shards(indexes[0])
     found = sorted(path.glob("*.safetensors"))
     if len(found) == 1:
         return SafetensorsView([SafetensorsFile(found[0])])
@@ -66,8 +69,8 @@ def open_checkpoint(path: Path) -> CheckpointView:
     )
 
 
-def _open_shards(path: Path) -> CheckpointView:
-    index = path / INDEX_FILE
+def _open_shards(index: Path) -> CheckpointView:
+    path = index.parent
     try:
         weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         wanted = {str(name): str(file) for name, file in weight_map.items()}
