@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 from bitsandbytes_writer import CONFIG, four_bit, int8, sample, state_of
+from hypothesis import given
+from hypothesis import strategies as st
 
 from kvpage import CheckpointError
 from kvpage.api.quant import CheckpointView, LinearSpec
@@ -46,10 +48,10 @@ def load(view: CheckpointView, spec: LinearSpec = SPEC) -> None:
 
 
 def refused(tensors: Mapping[str, torch.Tensor], changes: Change, message: str) -> None:
-    given = sample({MODULE: (dict(tensors), torch.zeros(16, 128).numpy())}, CONFIG)
-    load(given.view())
+    stored = sample({MODULE: (dict(tensors), torch.zeros(16, 128).numpy())}, CONFIG)
+    load(stored.view())
     with pytest.raises(CheckpointError, match=message) as caught:
-        load(given.view(**changes))
+        load(stored.view(**changes))
     assert "the sample" in str(caught.value)
     assert MODULE in str(caught.value)
 
@@ -157,12 +159,12 @@ def test_bad_int8_weights(name: str) -> None:
     ids=["int8 by nf4", "nf4 by fp4", "nf4 by int8"],
 )
 def test_a_config_of_another_checkpoint(stated: str, tensors: dict[str, torch.Tensor]) -> None:
-    given = sample({MODULE: (tensors, torch.zeros(16, 128).numpy())}, CONFIG)
+    stored = sample({MODULE: (tensors, torch.zeros(16, 128).numpy())}, CONFIG)
     wide = {"load_in_4bit": False, "load_in_8bit": True}
     config = {**CONFIG, **(wide if stated == "int8" else {"bnb_4bit_quant_type": stated})}
-    scheme = BitsAndBytes.from_checkpoint(config, given.view())
+    scheme = BitsAndBytes.from_checkpoint(config, stored.view())
     with pytest.raises(CheckpointError, match=rf"{MODULE}.*expected {stated} by quantization_config"):
-        read_form(scheme, SPEC, given.view())
+        read_form(scheme, SPEC, stored.view())
 
 
 @pytest.mark.parametrize(
@@ -174,3 +176,28 @@ def test_messages_name_the_file(break_it: Callable[[dict[str, torch.Tensor]], No
     write_folder(tmp_path, {}, tensors)
     with pytest.raises(CheckpointError, match=r"model\.safetensors"):
         load(open_checkpoint(tmp_path))
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
+    max_leaves=6,
+)
+
+
+@given(
+    st.binary(max_size=200)
+    | st.dictionaries(
+        st.sampled_from(["quant_type", "blocksize", "shape", "nested_blocksize", "nested_offset"]), JSON
+    ).map(lambda changes: bytes(said(NESTED, **changes).tolist()))
+)
+def test_whatever_a_quant_state_says_it_is_read_or_refused(text: bytes) -> None:
+    stored = sample({MODULE: (dict(NESTED), torch.zeros(16, 128).numpy())}, CONFIG)
+    view = stored.view(**{STATE: raw(text)})
+    scheme = BitsAndBytes.from_checkpoint(CONFIG, view)
+    try:
+        form = read_form(scheme, SPEC, view)
+    except CheckpointError:
+        return
+    assert form is not None
+    assert bool(form.dequantize().isfinite().all())

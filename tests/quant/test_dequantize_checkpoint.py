@@ -121,6 +121,15 @@ def test_a_checkpoint_of_the_bare_model_has_the_names_of_the_whole(tmp_path: Pat
     assert all(torch.equal(found[name], whole[name]) for name in whole)
 
 
+def test_a_head_that_the_files_hold_is_given_though_the_config_ties_it(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, tokenizer=False, tie_word_embeddings=True)
+    tensors = load_file(tmp_path / "model.safetensors")
+    head = tensors.pop("lm_head.weight")
+    assert torch.equal(dict(dequantize_checkpoint(tmp_path))["lm_head.weight"], head)
+    save_file(tensors, tmp_path / "model.safetensors")
+    assert "lm_head.weight" not in dict(dequantize_checkpoint(tmp_path))
+
+
 def test_what_the_files_lack_is_skipped(tmp_path: Path) -> None:
     write_checkpoint(tmp_path, tokenizer=False)
     kept = "model.layers.1.mlp.up_proj.weight"

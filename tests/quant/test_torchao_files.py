@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torchao_writer import Recipe, Stored, sample, stored
 
 from kvpage import CheckpointError
@@ -21,23 +23,25 @@ INT8 = stored(16, 128, Recipe(kind="Int8Tensor", bits=8, block=(1, 0), symmetric
 FP8 = stored(16, 128, Recipe(kind="Float8Tensor", block=(1, 0), scales=torch.float32))
 
 
-def view_of(given: QuantSample, metadata: str | None = None, **changes: torch.Tensor | None) -> TensorsView:
+def view_of(
+    checkpoint: QuantSample, metadata: str | None = None, **changes: torch.Tensor | None
+) -> TensorsView:
     """Its view with another entry in the header, and other tensors by suffix."""
     named = {f"{MODULE}.{suffix}": tensor for suffix, tensor in changes.items()}
-    said = given.metadata if metadata is None else {**given.metadata, WEIGHT: metadata}
-    tensors = {name: t for name, t in {**given.tensors, **named}.items() if t is not None}
+    said = checkpoint.metadata if metadata is None else {**checkpoint.metadata, WEIGHT: metadata}
+    tensors = {name: t for name, t in {**checkpoint.tensors, **named}.items() if t is not None}
     return TensorsView(tensors, said)
 
 
 def refused(own: Stored, message: str, metadata: str | None = None, **changes: torch.Tensor | None) -> None:
-    given = sample({MODULE: own})
-    for view, good in ((view_of(given), True), (view_of(given, metadata, **changes), False)):
-        scheme = TorchAO.from_checkpoint(given.config, view)
+    checkpoint = sample({MODULE: own})
+    for view, good in ((view_of(checkpoint), True), (view_of(checkpoint, metadata, **changes), False)):
+        scheme = TorchAO.from_checkpoint(checkpoint.config, view)
         if good:
-            assert read_form(scheme, given.linears[0], view) is not None
+            assert read_form(scheme, checkpoint.linears[0], view) is not None
             continue
         with pytest.raises(CheckpointError, match=message) as caught:
-            read_form(scheme, given.linears[0], view)
+            read_form(scheme, checkpoint.linears[0], view)
         assert "the sample" in str(caught.value)
         assert MODULE in str(caught.value)
 
@@ -107,12 +111,12 @@ def test_bad_headers(name: str) -> None:
 
 
 def test_a_header_without_the_weight() -> None:
-    given = sample({MODULE: INT4})
-    view = TensorsView(given.tensors, {})
+    checkpoint = sample({MODULE: INT4})
+    view = TensorsView(checkpoint.tensors, {})
     with pytest.raises(
         CheckpointError, match=rf"expected metadata under '{WEIGHT}' in the file's header, found none"
     ):
-        read_form(TorchAO.from_checkpoint(given.config, view), given.linears[0], view)
+        read_form(TorchAO.from_checkpoint(checkpoint.config, view), checkpoint.linears[0], view)
 
 
 BAD_TENSORS: dict[str, tuple[Stored, dict[str, torch.Tensor | None], str]] = {
@@ -146,3 +150,31 @@ BAD_TENSORS: dict[str, tuple[Stored, dict[str, torch.Tensor | None], str]] = {
 def test_bad_tensors(name: str) -> None:
     own, changes, message = BAD_TENSORS[name]
     refused(own, message, **changes)
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
+    max_leaves=6,
+)
+
+
+@given(
+    st.text(max_size=200)
+    | st.dictionaries(st.sampled_from(["_type", "_data", "_tensor_data_names"]), JSON, min_size=1).map(
+        lambda changes: json.dumps({**INT4.said, **changes})
+    )
+    | st.dictionaries(st.sampled_from(["block_size", "target_dtype"]), JSON, min_size=1).map(
+        lambda changes: said(INT4, changes)
+    )
+)
+def test_whatever_a_header_says_it_is_read_or_refused(metadata: str) -> None:
+    checkpoint = sample({MODULE: INT4})
+    view = view_of(checkpoint, metadata)
+    scheme = TorchAO.from_checkpoint(checkpoint.config, view)
+    try:
+        form = read_form(scheme, checkpoint.linears[0], view)
+    except CheckpointError:
+        return
+    assert form is not None
+    assert bool(form.dequantize().isfinite().all())
