@@ -131,7 +131,7 @@ class Gptq(QuantScheme):
         """How columns share the ``count`` stored scales; groups that are not all of one size are split evenly."""
         inputs = linear.in_features
         if g_idx is None:
-            stored = inputs if count == 1 else _group_size(settings, inputs)
+            stored = _group_size(settings, inputs)
             size = math.gcd(stored, inputs)
             return Groups(size, torch.arange(0, inputs, size, device="cpu") // stored)
         outside = (g_idx < 0) | (g_idx >= count)

@@ -56,8 +56,8 @@ def oracle(name: str) -> dict[str, torch.Tensor]:
 
 
 @functools.cache
-def own(layout: str, group: int) -> QuantSample:
-    specs = (linear(NAME, 64, 256), linear("model.layers.0.mlp.down_proj", 32, 1024))
+def own(layout: str, group: int, inputs: int = 1024) -> QuantSample:
+    specs = (linear(NAME, 64, 256), linear("model.layers.0.mlp.down_proj", 32, inputs))
     matrices = {
         s.name: random_matrix(i, s.out_features, s.in_features, group=group) for i, s in enumerate(specs)
     }
@@ -82,7 +82,7 @@ class TestAwq(QuantSchemeConformance):
         for layout in LAYOUTS:
             yield f"{layout} group 32", own(layout, 32)
             yield f"{layout} one group", own(layout, -1)
-        yield "gemm group of all inputs", own("gemm", 256)
+        yield "gemm group of all inputs", own("gemm", 256, inputs=256)
 
 
 @pytest.mark.parametrize("name", EXACT)

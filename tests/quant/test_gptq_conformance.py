@@ -60,6 +60,7 @@ OWN = {
     "4-bit static groups": {"bits": 4, "group": 32, "symmetric": False, "order": "static"},
     "4-bit one group": {"bits": 4, "group": -1, "symmetric": True},
     "4-bit short last group": {"bits": 4, "group": 96, "symmetric": False, "version": 2},
+    "4-bit short second group": {"bits": 4, "group": 144, "symmetric": False},
     "8-bit one group": {"bits": 8, "group": -1, "symmetric": True, "order": "act-order"},
     "8-bit groups": {"bits": 8, "group": 32, "symmetric": True},
     "8-bit asymmetric act-order": {"bits": 8, "group": 64, "symmetric": False, "order": "act-order"},

@@ -91,12 +91,15 @@ def test_groups_of_any_inputs_are_read_as_g_idx_says() -> None:
     assert torch.equal(form.dequantize(), uneven.dequantized())
 
 
-@pytest.mark.parametrize("order", ["plain", "static"])
-def test_g_idx_may_be_absent_where_groups_lie_side_by_side(order: str) -> None:
-    matrix = random_matrix(0, 32, 128, bits=4, group=32, symmetric=True, order=order)
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"desc_act": True, "static_groups": True}, {"desc_act": True, "meta": {"static_groups": True}}],
+)
+def test_g_idx_may_be_absent_where_groups_lie_side_by_side(changes: dict[str, Any]) -> None:
+    matrix = random_matrix(0, 32, 128, bits=4, group=32, symmetric=True)
     stored = matrix.stored(1)
     del stored["g_idx"]
-    form, _ = read(config_of(bits=4, group=32, symmetric=True, order=order), stored, 32, 128)
+    form, _ = read({**config_of(bits=4, group=32, symmetric=True), **changes}, stored, 32, 128)
     assert torch.equal(form.dequantize(), matrix.dequantized())
 
 
@@ -108,6 +111,16 @@ def test_static_groups_need_no_permutation() -> None:
     )  # fmt: skip
     assert isinstance(form, GroupedInt)
     assert form.permutation is None
+
+
+def test_columns_of_act_order_are_the_inputs_in_the_stable_order_of_their_groups() -> None:
+    matrix = random_matrix(0, 32, 128, bits=4, group=32, symmetric=True, order="act-order")
+    config = config_of(bits=4, group=32, symmetric=True, order="act-order")
+    form, _ = read(config, matrix.stored(1), 32, 128)
+    assert isinstance(form, GroupedInt)
+    assert form.permutation is not None
+    assert form.permutation.tolist() == sorted(range(128), key=lambda k: int(matrix.g_idx[k]))
+    assert form.group == 32
 
 
 def test_a_config_that_does_not_say_sym_is_read_by_its_zero_points() -> None:
@@ -135,6 +148,7 @@ def test_8_bits_with_one_scale_an_output_are_the_form_of_int8() -> None:
 
 
 DYNAMIC = {
+    r"self_attn": {"bits": 3},  # no name begins so
     r"+:.*\.q_proj$": {"bits": 8, "group_size": 64},
     r"model\.layers\.0\.self_attn\.k": {"bits": 2},
     r"-:.*\.o_proj": {},
