@@ -180,6 +180,7 @@ def test_autoawqs_own_config_file_is_read(tmp_path: Path) -> None:
     runs(folder)
 
 
+SCHEMES = PluginRegistry().quantization_schemes()
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats() | st.text(max_size=8),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
@@ -209,8 +210,7 @@ def test_a_config_with_any_value_anywhere_is_read_or_refused(name: str, data: st
     way = data.draw(st.sampled_from([way for way in keys_of(dict(config)) if way != ("quant_method",)]))
     changed = replaced(dict(config), way, data.draw(JSON))
     sample = QuantSample(config=changed, tensors=tensors, linears=())
-    records = PluginRegistry().quantization_schemes()
-    record = next(record for record in records if config["quant_method"] in record.methods)
+    record = next(record for record in SCHEMES if config["quant_method"] in record.methods)
     spec = linear(K_PROJ, 64, 128)
     try:
         scheme: QuantScheme = load_class(record, QuantScheme).from_checkpoint(changed, sample.view())

@@ -264,9 +264,7 @@ class Fp8(PackedForm):
 
     def has_nan(self) -> bool:
         """Whether any code is one of E4M3's two NaN (0x7F, 0xFF); it has no infinity."""
-        import torch
-
-        return bool(self.codes.view(torch.uint8).bitwise_and(0x7F).eq_(0x7F).any())
+        return bool(self.codes.isnan().any())
 
     @property
     def shape(self) -> tuple[int, ...]:

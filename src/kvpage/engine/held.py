@@ -104,10 +104,11 @@ def planned_holding(options: EngineOptions, registry: PluginRegistry) -> Holding
 
 
 def _linears(scheme: QuantScheme, view: CheckpointView, definition: ModelDefinition) -> list[LinearSpec]:
+    """The matrices of which the files hold anything."""
     known = packed_names(view)
     refs = {name: present(ref, known) for name, ref in definition.weights.items()}
     members = [parameter for parameter in parameters(definition.spec) if parameter.name in refs]
-    return linears_of(scheme, members, refs)
+    return [linear for linear in linears_of(scheme, members, refs) if f"{linear.name}.weight" in known]
 
 
 def _can_be_cut(form: WeightForm, linear: LinearSpec, ranks: int) -> bool:
