@@ -1,1 +1,1 @@
-"""Plain weights become int8 or int4 while they load: a plugin like any other, built on public names."""
+"""Plain weights become int8 or int4 while they load; bitsandbytes' and torchao's weights are read. Public names only."""
