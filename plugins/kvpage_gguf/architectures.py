@@ -29,7 +29,11 @@ OTHER_TYPES: Mapping[int, str] = {
 }  # fmt: skip
 """Types that are refused by name."""
 
-TOP: Mapping[str, str] = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+TOP: Mapping[str, str] = {
+    "token_embd": "model.embed_tokens",
+    "output_norm": "model.norm",
+    "output": "lm_head",
+}
 
 ROPE_TENSORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
 """Part of the config for Hugging Face."""
@@ -122,9 +126,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         keys=_SOFTCAPS,
         fixed=_GELU,
     ),
-    "phi3": Architecture(
-        name="Phi3ForCausalLM", model_type="phi3", layer=_FUSED, partial=True, fixed=_SILU
-    ),
+    "phi3": Architecture(name="Phi3ForCausalLM", model_type="phi3", layer=_FUSED, partial=True, fixed=_SILU),
     "qwen2moe": Architecture(
         name="Qwen2MoeForCausalLM",
         model_type="qwen2_moe",

@@ -117,7 +117,9 @@ class GGUFFile:
     def require(self, key: str, kind: type[Any]) -> Any:
         """``get``, of a key that must be there."""
         if key not in self._values:
-            raise self.error(f"key {key!r} is missing (expected: {kind.__name__}); {AGAIN}, or convert it anew")
+            raise self.error(
+                f"key {key!r} is missing (expected: {kind.__name__}); {AGAIN}, or convert it anew"
+            )
         return self.get(key, kind)
 
     def is_array(self, key: str) -> bool:
@@ -137,7 +139,9 @@ class GGUFFile:
         if found.type == STRING:
             elements: list[Any] = list(self._strings(key, found))
         else:
-            elements = list(struct.unpack_from(f"<{found.count}{SCALARS[found.type]}", self.data, found.start))
+            elements = list(
+                struct.unpack_from(f"<{found.count}{SCALARS[found.type]}", self.data, found.start)
+            )
         if elements and type(elements[0]) is not kind:
             raise self.error(
                 f"key {key!r} must be an array of {kind.__name__}, found {type(elements[0]).__name__}"
@@ -227,7 +231,9 @@ class GGUFFile:
 
     def _code(self, kind: int, key: str) -> str:
         if kind not in SCALARS:
-            raise self.error(f"key {key!r:.80} has a value of type {kind}, which GGUF does not define; {AGAIN}")
+            raise self.error(
+                f"key {key!r:.80} has a value of type {kind}, which GGUF does not define; {AGAIN}"
+            )
         return SCALARS[kind]
 
     def _array(self, key: str, what: str) -> _Array:
@@ -251,7 +257,9 @@ class GGUFFile:
         for index in range(array.count):
             length = int.from_bytes(self.data[at : at + 8], "little")
             if length > MAX_NAME:
-                raise self.error(f"key {key!r}: element {index} has {length} bytes, at most {MAX_NAME} are read")
+                raise self.error(
+                    f"key {key!r}: element {index} has {length} bytes, at most {MAX_NAME} are read"
+                )
             yield self._text(f"key {key!r}: element {index}", at + 8, length)
             at += 8 + length
 
@@ -261,7 +269,9 @@ class GGUFFile:
         name = self._string(f"the name in {what}", MAX_NAME)
         count = self._scalar("I", what)
         if not 1 <= count <= MAX_DIMS:
-            raise self.error(f"tensor {name!r:.80} has {count} dimensions, 1 to {MAX_DIMS} are known; {AGAIN}")
+            raise self.error(
+                f"tensor {name!r:.80} has {count} dimensions, 1 to {MAX_DIMS} are known; {AGAIN}"
+            )
         dims = [self._scalar("Q", what) for _ in range(count)]
         return name, dims, self._scalar("I", what), self._scalar("Q", what)
 

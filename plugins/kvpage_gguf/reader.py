@@ -9,7 +9,6 @@ import re
 import struct
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvpage import CheckpointError
@@ -60,8 +59,10 @@ class GGUFReader(CheckpointReader):
         """Sampling defaults, and every token that ends a text: those stated, and known ones by name."""
         file = self._file
         ids = [file.get(f"tokenizer.ggml.{name}_token_id", int) for name in ("eos", "eot", "eom")]
-        typed = zip(file.array(TOKENS, str), file.array(TOKEN_TYPES, int))  # noqa: B905 - types may be missing
-        ids += [index for index, (token, kind) in enumerate(typed) if kind == CONTROL and token in END_OF_TEXT]
+        typed = zip(file.array(TOKENS, str), file.array(TOKEN_TYPES, int), strict=False)
+        ids += [
+            index for index, (token, kind) in enumerate(typed) if kind == CONTROL and token in END_OF_TEXT
+        ]
         found = {key: file.get(f"general.sampling.{name}", float) for name, key in SAMPLING.items()}
         return {
             "eos_token_id": list(dict.fromkeys(index for index in ids if index is not None)),
@@ -143,7 +144,9 @@ class _Config:
         """A whole number above 0, one for all layers."""
         name = f"{self._prefix}.{key}"
         if self._file.is_array(name):
-            raise self._file.error(f"key {name!r} is an array, a value a layer; kvpage runs models of equal layers")
+            raise self._file.error(
+                f"key {name!r} is an array, a value a layer; kvpage runs models of equal layers"
+            )
         found: int = self._file.require(name, int) if default is None else self._file.get(name, int, default)
         if not 1 <= found < 2**31:
             raise self._file.error(f"key {name!r} must be 1 to {2**31 - 1}, found {found}")
@@ -212,7 +215,11 @@ class _Config:
         factor = self._get("rope.scaling.factor", float) or self._get("rope.scale_linear", float)
         scaling: dict[str, Any] = {}
         if LONG in self._file.tensors or SHORT in self._file.tensors:
-            scaling = {"rope_type": "longrope", "short_factor": self._factors(SHORT), "long_factor": self._factors(LONG)}
+            scaling = {
+                "rope_type": "longrope",
+                "short_factor": self._factors(SHORT),
+                "long_factor": self._factors(LONG),
+            }
             scaling["attention_factor"] = self._get("rope.scaling.attn_factor", float)
         elif FREQS in self._file.tensors:
             # Llama 3.1's scaling, worked out: each frequency is divided by a number of its own at any length.
@@ -242,7 +249,9 @@ class _Config:
             raise self._file.error(f"tensor {name!r} must be F32 of one dimension, found {found}")
         factors = list(struct.unpack_from(f"<{tensor.shape[0]}f", self._file.data, tensor.start))
         if not all(math.isfinite(factor) and factor > 0 for factor in factors):
-            raise self._file.error(f"tensor {name!r} holds a factor that is not above 0; download the file again")
+            raise self._file.error(
+                f"tensor {name!r} holds a factor that is not above 0; download the file again"
+            )
         return factors
 
 
@@ -347,7 +356,9 @@ class GGUFView:
             yield tensor.name, _Entry(tensor, tensor.shape, tensor.start)
             return
         if tensor.block and (part == "bias" or len(tensor.shape) == 1):
-            raise self._file.error(f"tensor {tensor.name!r} is {tensor.type}; biases and norms must be F32, F16 or BF16")
+            raise self._file.error(
+                f"tensor {tensor.name!r} is {tensor.type}; biases and norms must be F32, F16 or BF16"
+            )
         name = f"model.layers.{layer[1]}.{local}" if layer else local
         suffix = tensor.type.lower() if tensor.block else part
         if "{expert}" in name:
@@ -365,7 +376,10 @@ class GGUFView:
         if layer and layer[2] == "ffn_gate_inp_shexp" and len(shape) == 1:
             shape = (1, *shape)
         shift = -1.0 if self._kind.shifted and module.endswith("norm") else 0.0
-        yield f"{name}.{suffix}", _Entry(tensor, shape, tensor.start, self._heads(tensor, layer and layer[2]), shift)
+        yield (
+            f"{name}.{suffix}",
+            _Entry(tensor, shape, tensor.start, self._heads(tensor, layer and layer[2]), shift),
+        )
 
     def _heads(self, tensor: StoredTensor, local: str | None) -> int:
         """Heads whose rows are out of order, 0 if none are."""

@@ -66,11 +66,15 @@ def tokenizer_json(file: GGUFFile) -> str | None:
     if kind is None or TOKENS not in file:
         return None
     if kind not in ("gpt2", "llama"):
-        raise file.error(f"key 'tokenizer.ggml.model' is {kind!r:.40}; kvpage reads gpt2 and llama: {WAY_OUT}")
+        raise file.error(
+            f"key 'tokenizer.ggml.model' is {kind!r:.40}; kvpage reads gpt2 and llama: {WAY_OUT}"
+        )
     tokens: list[str] = file.array(TOKENS, str)
     types: list[int] = file.array(TOKEN_TYPES, int) or [1] * len(tokens)
     if not tokens or len(types) != len(tokens):
-        raise file.error(f"{len(tokens)} tokens and {len(types)} values of {TOKEN_TYPES}; they must be as many")
+        raise file.error(
+            f"{len(tokens)} tokens and {len(types)} values of {TOKEN_TYPES}; they must be as many"
+        )
     try:
         backend = (_byte_level if kind == "gpt2" else _sentencepiece)(file, tokens, types)
         _add_tokens(backend, tokens, types)
@@ -126,7 +130,11 @@ def _byte_level(file: GGUFFile, tokens: Sequence[str], types: Sequence[int]) -> 
     elif pre in SINGLE_DIGITS:
         steps.append(pre_tokenizers.Digits(individual_digits=True))
     elif pre not in GPT2:
-        LOG.warning("%s: tokenizer.ggml.pre is %r, unknown to kvpage; text is cut into words as by GPT-2", file.path, pre)
+        LOG.warning(
+            "%s: tokenizer.ggml.pre is %r, unknown to kvpage; text is cut into words as by GPT-2",
+            file.path,
+            pre,
+        )
     steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pre not in PATTERNS))
     backend.pre_tokenizer = pre_tokenizers.Sequence(steps)
     if pre in QWEN2_NAMES:  # text is brought to Unicode's NFC first
@@ -138,7 +146,9 @@ def _byte_level(file: GGUFFile, tokens: Sequence[str], types: Sequence[int]) -> 
 def _pair(file: GGUFFile, index: int, text: str) -> tuple[str, str]:
     left, _, right = text.partition(" ")
     if not left or not right or " " in right:
-        raise file.error(f"tokenizer.ggml.merges: element {index} is {text!r:.40}, expected two tokens: {WAY_OUT}")
+        raise file.error(
+            f"tokenizer.ggml.merges: element {index} is {text!r:.40}, expected two tokens: {WAY_OUT}"
+        )
     return left, right
 
 
@@ -146,12 +156,18 @@ def _sentencepiece(file: GGUFFile, tokens: list[str], types: Sequence[int]) -> T
     """BPE over characters with bytes for those that are no token."""
     gemma = file.get("general.architecture", str) in GEMMAS
     if gemma:  # runs of spaces are stored as such
-        tokens[:] = [SPACE * len(token) if len(token) > 1 and not token.strip(" ") else token for token in tokens]
+        tokens[:] = [
+            SPACE * len(token) if len(token) > 1 and not token.strip(" ") else token for token in tokens
+        ]
     scores: list[float] = file.array("tokenizer.ggml.scores", float)
-    if gemma or not scores:  # pieces in the order in which they were found; Gemma's scores are not of that order
+    if (
+        gemma or not scores
+    ):  # pieces in the order in which they were found; Gemma's scores are not of that order
         scores = [-float(index) for index in range(len(tokens))]
     if len(scores) != len(tokens):
-        raise file.error(f"{len(tokens)} tokens and {len(scores)} tokenizer.ggml.scores; they must be as many")
+        raise file.error(
+            f"{len(tokens)} tokens and {len(scores)} tokenizer.ggml.scores; they must be as many"
+        )
     vocabulary = {token: index for index, token in enumerate(tokens)}
     unknown = _stated_id(file, "unknown", len(tokens))
     if unknown is None:
@@ -211,8 +227,8 @@ def _surround(file: GGUFFile, backend: Tokenizer, tokens: Sequence[str]) -> None
     around: dict[str, list[tuple[str, int]]] = {}
     for name, stated in (("bos", default), ("eos", False)):
         index = _stated_id(file, name, len(tokens))
-        wanted = index is not None and file.get(f"tokenizer.ggml.add_{name}_token", bool, stated)
-        around[name] = [(tokens[index], index)] if wanted else []
+        wanted = file.get(f"tokenizer.ggml.add_{name}_token", bool, stated)
+        around[name] = [(tokens[index], index)] if wanted and index is not None else []
     steps: list[Any] = [processors.ByteLevel(trim_offsets=False)] if kind == "gpt2" else []
     if used := around["bos"] + around["eos"]:
         template = [*(token for token, _ in around["bos"]), "$A", *(token for token, _ in around["eos"])]

@@ -98,9 +98,7 @@ class GGUFScheme(QuantScheme):
             table = torch.tensor(IQ4_VALUES, dtype=torch.float32, device=stored.device)
             return Codebook(**fields, table=table, group=kind.group)
         activation: Any = "per-group" if kind.bits == 4 else "none"
-        return GroupedInt(
-            **fields, group=kind.group, bits=kind.bits, zero=kind.zero, activation=activation
-        )
+        return GroupedInt(**fields, group=kind.group, bits=kind.bits, zero=kind.zero, activation=activation)
 
 
 def _in_steps(parts: Callable[[torch.Tensor], Parts], blocks: torch.Tensor) -> Parts:

@@ -74,7 +74,9 @@ def encoded(weight: torch.Tensor, kind: int) -> tuple[Blob, torch.Tensor]:
     groups = values.reshape(-1, 32)
     if kind == Q8_0:
         scale = (np.abs(groups).max(1) / 127).astype("<f2")
-        codes = np.rint(groups / np.maximum(scale.astype(np.float32), 1e-8)[:, None]).clip(-127, 127).astype("i1")
+        codes = (
+            np.rint(groups / np.maximum(scale.astype(np.float32), 1e-8)[:, None]).clip(-127, 127).astype("i1")
+        )
         packed = np.concatenate([scale[:, None].view("u1"), codes.view("u1")], 1)
     else:
         assert kind == Q4_0
@@ -118,8 +120,10 @@ def gguf_tensors(
             continue
         for stored, hf_name, value in _renamed(name, tensor, architecture):
             layer = stored.partition(".weight")[0]
-            kind = F32 if value.dim() == 1 or layer.endswith(("_norm", "_inp", "_inp_shexp")) else next(
-                kind for part, kind in kinds.items() if part in stored
+            kind = (
+                F32
+                if value.dim() == 1 or layer.endswith(("_norm", "_inp", "_inp_shexp"))
+                else next(kind for part, kind in kinds.items() if part in stored)
             )
             given = value
             heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
@@ -177,6 +181,8 @@ def write_model(
         "attention.head_count_kv": config.num_key_value_heads,
         "attention.layer_norm_rms_epsilon": config.rms_norm_eps,
     }
-    stated = {f"{architecture}.{key}": value for key, value in {**own, **keys}.items() if not key.startswith("tok")}
+    stated = {
+        f"{architecture}.{key}": value for key, value in {**own, **keys}.items() if not key.startswith("tok")
+    }
     stated |= {key: value for key, value in keys.items() if key.startswith("tok")}
     path.write_bytes(gguf_bytes({"general.architecture": architecture, **stated}, blobs))

@@ -12,9 +12,9 @@ import pytest
 from gguf_writer import F32, Q8_0, Blob, gguf_bytes, text, value_bytes
 from hypothesis import example, given
 from hypothesis import strategies as st
-from kvpage_gguf.reader import GGUFReader
 
 from kvpage import CheckpointError
+from kvpage_gguf.reader import GGUFReader
 
 KEYS: dict[str, Any] = {
     "general.architecture": "llama", "llama.block_count": 1, "llama.context_length": 64, "llama.embedding_length": 32,
@@ -243,7 +243,9 @@ def test_flipped_bytes_do_no_more_than_be_refused(
 
 @given(
     place=st.integers(8, HEADER - 8),
-    number=st.one_of(st.integers(0, 2**64 - 1), st.sampled_from([2**k for k in range(64)]), st.integers(0, 64)),
+    number=st.one_of(
+        st.integers(0, 2**64 - 1), st.sampled_from([2**k for k in range(64)]), st.integers(0, 64)
+    ),
 )
 @example(place=16, number=2**64 - 1)
 def test_absurd_numbers_do_no_more_than_be_refused(

@@ -11,14 +11,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from kvpage_gguf.reader import GGUFReader
-from kvpage_gguf.types import KINDS, GGUFScheme
 
 from kvpage import CheckpointError
 from kvpage.api.quant import Codebook, GroupedInt
 from kvpage.loading.quantized import sketch
 from kvpage.testing.checkpoints import QuantSample, TensorsView, linear
 from kvpage.testing.quantization import QuantSchemeConformance
+from kvpage_gguf.reader import GGUFReader
+from kvpage_gguf.types import KINDS, GGUFScheme
 
 DATA = Path(__file__).parent.parent / "data" / "quant"
 FILES = ("gguf-q4_0", "gguf-q4_k-mix", "gguf-q8_0")
@@ -43,7 +43,10 @@ def of_blocks(case: str, module: str) -> QuantSample:
     stored, values = blocks()[case], blocks()[f"{case}.values"]
     return QuantSample(
         config=CONFIG,
-        tensors={f"{module}.{case.partition('.')[2]}": stored, f"{ROUTER}.weight": torch.zeros(8, values.shape[1])},
+        tensors={
+            f"{module}.{case.partition('.')[2]}": stored,
+            f"{ROUTER}.weight": torch.zeros(8, values.shape[1]),
+        },
         linears=(linear(module, *values.shape),),
         oracle={module: values},
         plain=(linear(ROUTER, 8, values.shape[1]),),
@@ -54,7 +57,9 @@ def of_blocks(case: str, module: str) -> QuantSample:
 def of_file(name: str) -> QuantSample:
     view = GGUFReader(DATA / name / "model.gguf").weights()
     oracle = np.load(DATA / name / "oracle.npz")
-    known = {key.removeprefix("w:").removesuffix(".weight"): key for key in oracle.files if key.startswith("w:")}
+    known = {
+        key.removeprefix("w:").removesuffix(".weight"): key for key in oracle.files if key.startswith("w:")
+    }
     config = json.loads((DATA / name / "config.json").read_text())
     inputs = {"down_proj": config["intermediate_size"]}
     packed = [key.rpartition(".")[0] for key in view.names() if view.info(key).dtype == "uint8"]
@@ -63,7 +68,9 @@ def of_file(name: str) -> QuantSample:
         config=CONFIG,
         tensors={key: view.read(key) for key in view.names()},
         linears=tuple(
-            linear(module, infos[module].shape[0], inputs.get(module.rpartition(".")[2], config["hidden_size"]))
+            linear(
+                module, infos[module].shape[0], inputs.get(module.rpartition(".")[2], config["hidden_size"])
+            )
             for module in packed
         ),
         oracle={module: torch.from_numpy(oracle[key]) for module, key in known.items() if module in packed},
@@ -138,7 +145,7 @@ def test_numbers_that_are_not_finite_are_refused(name: str, place: int, number: 
 
 def test_blocks_that_do_not_divide_the_inputs_are_refused() -> None:
     view = TensorsView({f"{DOWN}.q4_k": torch.zeros(3, 144, dtype=torch.uint8)})
-    with pytest.raises(CheckpointError, match="300 inputs.*blocks of 256"):
+    with pytest.raises(CheckpointError, match=r"300 inputs.*blocks of 256"):
         GGUFScheme().tensors(linear(DOWN, 3, 300), view)
 
 

@@ -142,7 +142,9 @@ def made(name: str, kinds: dict[str, int], path: Path) -> Any:
         for place, tensor in model.state_dict().items():
             if not place.endswith("inv_freq"):
                 norm = place.endswith("norm.weight")
-                tensor.copy_(torch.randn(tensor.shape, generator=generator) * 0.1 + (norm and "gemma" not in name))
+                tensor.copy_(
+                    torch.randn(tensor.shape, generator=generator) * 0.1 + (norm and "gemma" not in name)
+                )
         model.tie_weights()
         write_model(path, model, architecture, keys, kinds, EXTRA.get(name))
         model.tie_weights()
@@ -164,7 +166,9 @@ def greedy(model: Any, prompt: list[int], count: int) -> list[int]:
 def test_greedy_tokens_are_those_of_transformers(name: str, tmp_path: Path) -> None:
     model = made(name, MIXED, tmp_path / "model.gguf")
     asked = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True, detokenize=False)
-    with Engine(tmp_path / "model.gguf", dtype="float32", skip_tokenizer_init=True, num_kv_blocks=32) as engine:
+    with Engine(
+        tmp_path / "model.gguf", dtype="float32", skip_tokenizer_init=True, num_kv_blocks=32
+    ) as engine:
         answers = engine.generate([{"prompt_token_ids": p} for p in PROMPTS], asked, progress=False)
     for prompt, answer in zip(PROMPTS, answers, strict=True):
         assert list(answer.outputs[0].token_ids) == greedy(model, prompt, 12)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import logging
 from pathlib import Path
@@ -10,7 +11,6 @@ from typing import Any
 
 import pytest
 from gguf_writer import gguf_bytes
-from kvpage_gguf.reader import GGUFReader
 from tokenizers import (
     AddedToken,
     Regex,
@@ -25,6 +25,7 @@ from tokenizers import (
 
 from kvpage.text.tokenizer import Tokenizer as EngineTokenizer
 from kvpage.text.tokenizer import load_tokenizer
+from kvpage_gguf.reader import GGUFReader
 
 CORPUS = [
     "the quick brown fox jumps over the lazy dog, and the dog doesn't care; it's 1234 o'clock\n\n",
@@ -77,7 +78,9 @@ def stated(tokenizer: Tokenizer, pre: str) -> dict[str, Any]:
         "tokenizer.ggml.pre": pre,
         "tokenizer.ggml.tokens": tokens,
         "tokenizer.ggml.token_type": [kinds.get(token, 1) for token in tokens],
-        "tokenizer.ggml.merges": [" ".join(pair) for pair in json.loads(tokenizer.to_str())["model"]["merges"]],
+        "tokenizer.ggml.merges": [
+            " ".join(pair) for pair in json.loads(tokenizer.to_str())["model"]["merges"]
+        ],
         "tokenizer.ggml.bos_token_id": vocabulary["<s>"],
         "tokenizer.ggml.eos_token_id": vocabulary["</s>"],
         "tokenizer.ggml.add_bos_token": pre == "llama-bpe",
@@ -89,7 +92,9 @@ def opened(path: Path, keys: dict[str, Any]) -> EngineTokenizer:
     """The tokenizer as an engine gets it."""
     path.write_bytes(gguf_bytes(keys, {}))
     reader = GGUFReader(path)
-    return load_tokenizer(path.parent, tokenizer_json=reader.tokenizer(), tokenizer_config=reader.tokenizer_config())
+    return load_tokenizer(
+        path.parent, tokenizer_json=reader.tokenizer(), tokenizer_config=reader.tokenizer_config()
+    )
 
 
 @pytest.mark.parametrize("pre", ["llama-bpe", "qwen2", "gpt-2", "smollm"])
@@ -102,7 +107,9 @@ def test_byte_level_ids_are_the_originals(pre: str, tmp_path: Path) -> None:
         ids = expected.encode(text).ids
         assert found.encode(text) == ids, text
         assert found.decode(ids) == expected.decode(ids), text
-        assert found.decode(ids, skip_special_tokens=False) == expected.decode(ids, skip_special_tokens=False), text
+        assert found.decode(ids, skip_special_tokens=False) == expected.decode(
+            ids, skip_special_tokens=False
+        ), text
 
 
 @functools.cache
@@ -142,7 +149,7 @@ def by_scores(text: str) -> list[int]:
     while True:
         joined = [
             (-scores[a + b], place)
-            for place, (a, b) in enumerate(zip(symbols, symbols[1:], strict=False))
+            for place, (a, b) in enumerate(itertools.pairwise(symbols))
             if a + b in scores
         ]
         if not joined:
@@ -225,7 +232,11 @@ def test_an_unknown_way_of_cutting_words_is_logged(tmp_path: Path, caplog: pytes
 
 
 def test_every_token_that_ends_a_text_is_known(tmp_path: Path) -> None:
-    keys = {**sentencepiece_keys(eot_token_id=300), "general.sampling.temp": 0.6, "general.sampling.top_k": 20}
+    keys = {
+        **sentencepiece_keys(eot_token_id=300),
+        "general.sampling.temp": 0.6,
+        "general.sampling.top_k": 20,
+    }
     (tmp_path / "model.gguf").write_bytes(gguf_bytes(keys, {}))
     assert GGUFReader(tmp_path).generation_config() == {
         "eos_token_id": [2, 300, len(pieces()) - 3], "temperature": 0.6, "top_k": 20.0,

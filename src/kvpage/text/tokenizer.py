@@ -267,7 +267,8 @@ def wrap_tokenizer(transformers_tokenizer: Any) -> Tokenizer:
 def _load_own(text: str, config: Mapping[str, Any]) -> Tokenizer:
     """From what a checkpoint's own file holds."""
     backend = _read_backend("the tokenizer that the checkpoint holds", text)
-    special_tokens = {name: text for name, value in config.items() if (text := _special_token(name, value))}
+    found = {name: _special_token(name, value) for name, value in config.items()}
+    special_tokens = {name: token for name, token in found.items() if token}
     _add_missing_tokens(backend, config, special_tokens)
     return FastTokenizer(
         backend, special_tokens=special_tokens, chat_templates=named_templates(config.get("chat_template"))
