@@ -115,7 +115,8 @@ class Fp8Checkpoint(QuantScheme):
         if scales.numel() == 1:
             scales = scales.reshape(1, 1)
         form = Fp8.of_blocks(codes, scales, self._layout.of(linear.out_features, linear.in_features))
-        if not codes.is_meta and form.has_nan():
+        # E4M3 has two NaN and no infinity; isnan() is a hundred times as slow.
+        if not codes.is_meta and bool(codes.view(torch.uint8).bitwise_and(0x7F).eq_(0x7F).any()):
             raise self._damaged(linear, "weight", "finite numbers", "NaN (byte 0x7F or 0xFF)")
         return form
 

@@ -262,10 +262,6 @@ class Fp8(PackedForm):
         spread = scales.float().repeat_interleave(min(block[0], max(rows, 1)), 0)[:rows]
         return cls(codes=codes, scales=spread.contiguous(), group=min(block[1], max(inputs, 1)))
 
-    def has_nan(self) -> bool:
-        """Whether any code is one of E4M3's two NaN (0x7F, 0xFF); it has no infinity."""
-        return bool(self.codes.isnan().any())
-
     @property
     def shape(self) -> tuple[int, ...]:
         """(out, in), of the codes."""
