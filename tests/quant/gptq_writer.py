@@ -49,7 +49,8 @@ def stream(values: np.ndarray[Any, Any], bits: int) -> np.ndarray[Any, Any]:
     words = single.reshape(count * bits // 32, 32, columns).astype(np.uint32) << np.arange(
         32, dtype=np.uint32
     ).reshape(1, 32, 1)
-    return np.bitwise_or.reduce(words, axis=1)
+    packed: np.ndarray[Any, Any] = np.bitwise_or.reduce(words, axis=1)
+    return packed
 
 
 def random_matrix(

@@ -5,8 +5,9 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -48,12 +49,12 @@ def vector(name: str) -> QuantSample:
     )
 
 
-def _linear(module: str, tensors: dict[str, torch.Tensor]) -> LinearSpec:
+def _linear(module: str, tensors: Mapping[str, torch.Tensor]) -> LinearSpec:
     inputs = INPUTS.get(module.rpartition(".")[2], 128)
     return linear(module, tensors[f"{module}.qweight"].shape[1], inputs)
 
 
-OWN = {
+OWN: dict[str, dict[str, Any]] = {
     "2-bit asymmetric": {"bits": 2, "group": 32, "symmetric": False},
     "3-bit asymmetric act-order": {"bits": 3, "group": 64, "symmetric": False, "order": "act-order"},
     "3-bit symmetric v2": {"bits": 3, "group": 128, "symmetric": True, "version": 2},
