@@ -100,6 +100,14 @@ def test_blocks_that_cross_rows_stay_packed_unless_bytes_do_too(inputs: int, kin
         assert form.group == 32
 
 
+def test_one_shared_scale_may_be_stated_for_more_blocks_than_there_are() -> None:
+    stored, values = four_bit(16, 128, "nf4", nested=2**40)
+    view = sample({Q: (stored, values)}, CONFIG).view()
+    form = read_form(BitsAndBytes(view), linear(Q, 16, 128), view)
+    assert form is not None
+    assert torch.equal(form.dequantize(), torch.from_numpy(values))
+
+
 def test_int8_is_computed_with_activations_as_they_are() -> None:
     given = samples()["int8"]
     form = read_form(BitsAndBytes.from_checkpoint(given.config, given.view()), given.linears[0], given.view())

@@ -144,6 +144,14 @@ def test_a_quantized_embedding_is_read_too() -> None:
     assert torch.equal(form.dequantize(), given.oracle["model.embed_tokens"])
 
 
+def test_scales_that_serve_all_inputs_are_whole_on_every_rank() -> None:
+    given = samples()["int8"]
+    scheme = TorchAO.from_checkpoint(given.config, given.view())
+    by_outputs, by_inputs = (scheme.tensors(spec, given.view()) for spec in given.linears)
+    assert [by_outputs[part].shard_dim for part in ("_weight_qdata", "_weight_scale")] == [0, 0]
+    assert [by_inputs[part].shard_dim for part in ("_weight_qdata", "_weight_scale")] == [1, None]
+
+
 def test_a_scale_without_dimensions_serves_the_whole_matrix() -> None:
     own = stored(8, 16, Recipe(kind=FP8, block=WHOLE, scales=torch.float32))
     given = sample({Q: own})

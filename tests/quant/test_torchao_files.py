@@ -139,6 +139,9 @@ BAD_TENSORS: dict[str, tuple[Stored, dict[str, torch.Tensor | None], str]] = {
     "fp8 of NaN": (
         FP8, {"_weight_qdata": torch.full((16, 128), torch.nan).to(torch.float8_e4m3fn)}, "expected finite numbers, found NaN",
     ),
+    "fp8 of negative NaN": (
+        FP8, {"_weight_qdata": torch.full((16, 128), 255).to(torch.uint8).view(torch.float8_e4m3fn)}, "found NaN",
+    ),
     "fp8 of five exponent bits": (
         FP8, {"_weight_qdata": torch.zeros(16, 128).to(torch.float8_e5m2)}, "float8_e4m3fn.*found .*float8_e5m2",
     ),
