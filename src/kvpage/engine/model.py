@@ -14,7 +14,7 @@ from kvpage.engine.held import holder
 from kvpage.engine.quantization import SchemeChoice
 from kvpage.engine.source import Source, open_weights
 from kvpage.errors import CheckpointError
-from kvpage.loading.memory import Arena
+from kvpage.loading.memory import Arena, trim_heap
 from kvpage.loading.weights import load_weights
 from kvpage.models.fallback.attention import Refused
 from kvpage.models.fallback.model import load_fallback
@@ -78,6 +78,7 @@ def make_model(
             int8_activations=scheme is None or scheme.int8_activations,
         ),
     )
+    trim_heap()  # of what tensors were while they were unpacked
     for warning in weights.warnings:
         LOG.warning("%s", warning)
     built = backends.build(definition.spec, weights.weights, owned=not view.shared)

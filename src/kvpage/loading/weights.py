@@ -7,7 +7,7 @@ merged tensor, and the file's pages are let go behind the copy.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import groupby
 
@@ -89,7 +89,7 @@ class _Loader:
         known = packed_names(view) if packs else self._names
         self._refs = {name: present(ref, known) for name, ref in definition.weights.items()}
         if definition.spec.head.tied:
-            self._untie()
+            self._untie(known)
         self._quantized = QuantizedWeights(
             scheme,
             view,
@@ -123,14 +123,15 @@ class _Loader:
                 self._progress(self._done, self._total)
         return LoadedWeights(weights, (*self._unused(), *self._dequantized()))
 
-    def _untie(self) -> None:
+    def _untie(self, known: Collection[str]) -> None:
         """Follow what the checkpoint holds where its config says that the head is the embedding."""
         embed, head = self._refs["embed.weight"], self._refs.get("head.weight")
-        if head is None or head.name not in self._names:
+        if head is None or head.name not in known:
             return
-        if embed.name not in self._names:
+        packed = head.name not in self._names or embed.name not in self._names
+        if embed.name not in known:
             self._refs["embed.weight"] = head
-        elif not self._equal(embed.name, head.name):
+        elif packed or not self._equal(embed.name, head.name):
             shape = next(part.shape for part in self._parameters if part.name == "embed.weight")
             self._parameters.append(Parameter("head.weight", shape, "linear", "head.weight"))
 
