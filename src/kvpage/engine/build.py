@@ -255,6 +255,10 @@ def _templates(options: EngineOptions, tokenizer: Tokenizer | None) -> ChatTempl
 def _generation(options: EngineOptions, source: Source) -> GenerationDefaults:
     if source.folder is not None:
         own = source.own_generation_config()
-        return GenerationDefaults.from_folder(source.folder) if own is None else GenerationDefaults.from_dict(own)
+        return (
+            GenerationDefaults.from_folder(source.folder)
+            if own is None
+            else GenerationDefaults.from_dict(own)
+        )
     stated = getattr(source.module, "generation_config", None)
     return GenerationDefaults() if stated is None else GenerationDefaults.from_dict(stated.to_dict())
