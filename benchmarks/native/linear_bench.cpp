@@ -9,10 +9,12 @@
 //
 //   linear_bench check                          every kind against sums in double, bits over rows and threads, packing
 //   linear_bench gemm KIND ROWS,ROWS.. [N,K ..] time of packing rows and multiplying, against what the machine gives
-//   linear_bench pack                           speed of packing bf16 weights in place
-// KIND: f32 bf16 int8 int8d int4 int4d (d: dynamic int8 rows). Environment: THREADS, GROUP, PEAK (Gop/s of the kind, all
-// threads), BURST (ms), REPEATS, and for a machine that others use too PAUSE (ms before a burst; a process that slept is
-// not interrupted at once), QUANTILE (percent; 50: medians, 0: the fastest) and MB of weights (1: from the cache).
+//   linear_bench ratio KIND,KIND.. ROWS,ROWS.. [N,K ..]  how many times as fast as BASE (bf16), bursts by turns
+//   linear_bench pack                           speed of packing weights in place
+// KIND: see linear_bench_weight.h (int8d, int4d: dynamic int8 rows). Environment: THREADS, PEAK (Gop/s of the kind, all
+// threads), BURST (ms), REPEATS, BASE, and for a machine that others use too PAUSE (ms before a burst; a process that
+// slept is not interrupted at once), QUANTILE (percent; 50: medians, 0: the fastest) and MB of weights (1: from the
+// cache).
 #include <sys/mman.h>
 
 #include <algorithm>
@@ -22,27 +24,15 @@
 #include <cstdlib>
 #include <cstring>
 #include <ctime>
-#include <functional>
 #include <memory>
 #include <sstream>
 #include <string>
 #include <thread>
 #include <vector>
 
-#include "linear.h"
-#include "team.h"
-
-using namespace KVP_NS;
+#include "linear_bench_weight.h"
 
 namespace {
-
-struct Kind {
-    const char* name;
-    int type, dynamic;
-    double bits, tolerance;  // relative error over all outputs; of ISA 3, where rows are rounded to bf16
-};
-const Kind KINDS[] = {{"f32", KVP_F32, 0, 32, 1e-6},   {"bf16", KVP_BF16, 0, 16, 3e-3}, {"int8", KVP_I8, 0, 8, 3e-3},
-                      {"int8d", KVP_I8, 1, 8, 8e-3},   {"int4", KVP_I4, 0, 4, 3e-3},    {"int4d", KVP_I4, 1, 4, 8e-3}};
 
 int environment(const char* name, int fallback) {
     const char* value = getenv(name);
@@ -63,73 +53,6 @@ char* allocate(size_t bytes) {  // in 2 MiB pages, never freed
     madvise(p, bytes - page, MADV_HUGEPAGE);
     return p;
 }
-
-struct Buffer {  // aligned, with a margin that prefetches and canaries may use
-    explicit Buffer(size_t bytes) : p((char*)aligned_alloc(64, (bytes + 4096 + 63) / 64 * 64)) { memset(p, 0, bytes + 4096); }
-    ~Buffer() { free(p); }
-    Buffer(const Buffer&) = delete;
-    char* p;
-};
-
-uint32_t random_bits() {
-    static uint32_t state = 1;
-    return (state = state * 1664525 + 1013904223) >> 8;
-}
-float random_number() { return (float)(int)(random_bits() - 0x800000) / 0x800000; }
-
-void run(Team& team, const std::function<void(int, int)>& job) {
-    team.run([](void* f, int thread, int threads) { (*(std::function<void(int, int)>*)f)(thread, threads); }, (void*)&job);
-}
-
-int align_up(int n, int unit) { return (n + unit - 1) / unit * unit; }
-
-// A random weight: plain, packed and as numbers.
-struct Weight {
-    Weight(const Kind& kind, int outputs, int inputs, int group, bool offsets, bool in_place, Team& team)
-        : dense((size_t)outputs * inputs), row_bytes((int64_t)(inputs * kind.bits + 7) / 8),
-          padded(align_up(inputs, kind.type == KVP_F32 ? 16 : kind.type == KVP_BF16 ? 32 : kind.type == KVP_I8 ? 64 : group)),
-          plain(row_bytes * outputs), panels((size_t)(padded * kind.bits / 8) * (outputs / 32 * 32)),
-          tail((size_t)(padded * kind.bits / 8) * 32), scales((size_t)align_up(outputs, 32) * (padded / 32) * 4),
-          shifts((size_t)align_up(outputs, 32) * (padded / 32) * 2), bias(outputs * 4) {
-        linear = {kind.type, kind.dynamic, outputs, inputs, padded, group, in_place ? plain.p : panels.p, tail.p,
-                  kind.type >= KVP_I8 ? scales.p : nullptr, offsets ? shifts.p : nullptr, (float*)bias.p};
-        for (int n = 0; n < outputs; n++) {
-            ((float*)bias.p)[n] = random_number();
-            for (int k = 0; k < inputs; k++) dense[(size_t)n * inputs + k] = set(n, k);
-        }
-        run(team, [&](int thread, int threads) {
-            Buffer scratch((size_t)(padded * kind.bits / 8) * 32);
-            pack_weight(linear, plain.p, row_bytes, scratch.p, thread, threads);
-        });
-    }
-
-    float set(int n, int k) {  // one weight, and its scale where it is the first to have it
-        char* row = plain.p + n * row_bytes;
-        float value = random_number();
-        if (linear.type == KVP_F32) ((float*)row)[k] = value;
-        if (linear.type == KVP_BF16) value = from_bf16(((uint16_t*)row)[k] = to_bf16(value));
-        if (linear.type == KVP_I8) {
-            float& scale = ((float*)scales.p)[n];
-            if (k == 0) scale = 0.01f + 0.005f * random_number();
-            value = (float)(((int8_t*)row)[k] = (int8_t)(value * 127)) * scale;
-        }
-        if (linear.type == KVP_I4) {
-            const size_t at = ((size_t)(n / 32) * (padded / linear.group) + k / linear.group) * 32 + n % 32;
-            uint16_t &scale = ((uint16_t*)scales.p)[at], &shift = ((uint16_t*)shifts.p)[at];
-            if (k % linear.group == 0) scale = to_bf16(0.1f + 0.05f * value), shift = to_bf16(0.3f * random_number());
-            const int code = random_bits() & 15;
-            row[k / 2] = (char)(k % 2 ? row[k / 2] | code << 4 : code);
-            value = (float)(code - 8) * from_bf16(scale) + (linear.offsets ? from_bf16(shift) : 0.0f);
-        }
-        return value;
-    }
-
-    std::vector<float> dense;
-    const int64_t row_bytes;
-    const int padded;
-    Buffer plain, panels, tail, scales, shifts, bias;
-    KvpLinear linear;
-};
 
 std::vector<float> random_rows(size_t n) {
     std::vector<float> x(n);
@@ -181,30 +104,32 @@ double error_against_double(const Weight& w, const std::vector<float>& x, const 
 }
 
 void check_values(const Kind& kind, Team& team) {
-    const struct { int outputs, inputs, group; bool offsets; } shapes[] = {
-        {192, 768, 128, false}, {103, 200, 32, true}, {64, 2112, 64, true}, {33, 96, 32, false}, {96, 640, 128, true}};
+    const int shapes[][2] = {{192, 768}, {103, 512}, {64, 2304}, {33, 256}, {96, 1280}, {70, 200}};
     double worst = 0;
     for (const auto& s : shapes) {
-        Weight w(kind, s.outputs, s.inputs, s.group, s.offsets && kind.type == KVP_I4, false, team);
-        std::vector<float> row(s.inputs);
-        for (int n = 0; n < s.outputs; n++) {
+        if (kind.group && s[1] % (kind.per_shared ? kind.per_shared * kind.group : kind.group)) continue;
+        Weight w(kind, s[0], s[1], false, team);
+        std::vector<float> row(s[1]);
+        for (int n = 0; n < s[0]; n++) {
             read_row(w.linear, n, row.data());
-            for (int k = 0; k < s.inputs; k++)
-                fail_unless(std::abs(row[k] - w.dense[(size_t)n * s.inputs + k]) < 1e-6f, "read_row", kind, n);
+            for (int k = 0; k < s[1]; k++) {
+                const float expected = w.dense[(size_t)n * s[1] + k];
+                fail_unless(std::abs(row[k] - expected) <= 1e-6f * std::abs(expected), "read_row", kind, n);
+            }
         }
         for (int count : {1, 2, 3, 4, 5, 6, 7, 8, 11, 12, 13, 14, 15, 16, 17, 25, 29, 32, 65}) {
-            const std::vector<float> x = random_rows((size_t)count * s.inputs);
+            const std::vector<float> x = random_rows((size_t)count * s[1]);
             const double error = error_against_double(w, x, product(team, w.linear, x.data(), count), count);
             fail_unless(error < (kind.dynamic || KVP_ISA == 3 ? kind.tolerance : 2e-6), "values", kind, count);
             worst = std::max(worst, error);
         }
     }
-    printf("%-5s largest relative error %.1e", kind.name, worst);
+    printf("%-12s largest relative error %.1e", kind.name, worst);
 }
 
 void check_bits(const Kind& kind, Team& one, Team& two) {  // a row's bits: any number of rows and threads
-    const int inputs = 1504;
-    Weight w(kind, 103, inputs, 32, kind.type == KVP_I4, false, one);
+    const int inputs = kind.group ? 1536 : 1504;
+    Weight w(kind, 103, inputs, false, one);
     const std::vector<float> x = random_rows((size_t)MAX_ROWS * inputs);
     std::vector<float> alone;
     for (int row = 0; row < MAX_ROWS; row++) {
@@ -230,9 +155,8 @@ double activation_of(Activation activation, double x) {
 }
 
 void check_targets(const Kind& kind, Team& team) {
-    const int inputs = 96, outputs = 192, count = 17;
-    Weight w(kind, outputs, inputs, 32, false, false, team);
-    Weight after(kind, 64, 96, 96 % 64 ? 32 : 64, false, false, team);
+    const int outputs = 2 * 256, inputs = 256, count = 17;
+    Weight w(kind, outputs, inputs, false, team), after(kind, 64, outputs / 2, false, team);
     const std::vector<float> x = random_rows((size_t)count * inputs);
     const std::vector<float> plain = product(team, w.linear, x.data(), count);
     for (int a = 0; a <= (int)Activation::none; a++) {
@@ -249,9 +173,10 @@ void check_targets(const Kind& kind, Team& team) {
                 const double h = (double)set[m * outputs + n] * plain[m * outputs + outputs / 2 + n];
                 fail_unless(std::abs(gated[m * outputs / 2 + n] - h) < 1e-6 * (1 + std::abs(h)), "gated", kind, a);
             }
-        if (after.linear.dynamic) continue;  // its rows need a whole row first
+        if (after.linear.dynamic || after.linear.permutation) continue;  // its rows need a whole row first
         Buffer memory(rows_bytes(after.linear, count)), expected(rows_bytes(after.linear, count));
         memset(memory.p, 1, rows_bytes(after.linear, count));
+        memset(expected.p, 1, rows_bytes(after.linear, count));
         const Rows next = rows_at(after.linear, count, memory.p), packed = rows_at(after.linear, count, expected.p);
         target.next = &next;
         multiply_rows(team, w.linear, x.data(), count, target);
@@ -269,7 +194,7 @@ void check_targets(const Kind& kind, Team& team) {
 }
 
 void check_in_place(const Kind& kind, Team& team) {
-    Weight w(kind, 100, 256, 64, false, true, team), apart(kind, 100, 256, 64, false, false, team);
+    Weight w(kind, 100, 256, true, team);
     const std::vector<float> x = random_rows(256 * 3);
     const double error = error_against_double(w, x, product(team, w.linear, x.data(), 3), 3);
     fail_unless(error < (kind.dynamic || KVP_ISA == 3 ? kind.tolerance : 2e-6), "packed in place", kind, 3);
@@ -296,78 +221,168 @@ double quantile(std::vector<double> v) {
     return v[(v.size() - 1) * environment("QUANTILE", 50) / 100];
 }
 
-void time_product(const Kind& kind, int rows, int outputs, int inputs, Team& team, double peak) {
-    const int group = environment("GROUP", 128);
-    const size_t bytes = (size_t)(outputs * (double)inputs * kind.bits / 8);
-    const size_t scale_bytes = kind.type == KVP_I4 ? (size_t)outputs * (inputs / group) * 2 : 0;
-    const int copies = std::max(2, (int)(environment("MB", 160) * 1e6 / (double)(bytes + scale_bytes)));
-    char* const weights = allocate(bytes * copies);
-    for (size_t i = 0; i < bytes * copies; i++) weights[i] = (char)(kind.bits > 8 && i % 2 ? 0x3c : i * 37 & 63);
-    char* const scales = allocate(std::max(scale_bytes * copies, (size_t)outputs * 4));
-    std::vector<KvpLinear> layers;
-    for (int i = 0; i < copies; i++)
-        layers.push_back({kind.type, kind.dynamic, outputs, inputs, inputs, group, weights + i * bytes, nullptr,
-                          scales + i * scale_bytes, nullptr, nullptr});
-    const std::vector<float> x = random_rows((size_t)rows * inputs);
-    char* const y = allocate((size_t)rows * outputs * 4);
-    Buffer memory(rows_bytes(layers[0], std::min(rows, MAX_ROWS))), scratch(multiply_scratch_bytes() * team.size());
-    const double arithmetic = 2.0 * rows * outputs * inputs / peak;
-    const int calls = std::max(1, std::min(copies, (int)(environment("BURST", 30) * 1e-3 / (arithmetic + bytes / 34e9))));
-    std::vector<double> times, reads;
-    for (int repeat = 0, at = 0; repeat < environment("REPEATS", 7); repeat++, at += calls) {
-        const int from = std::min((at + copies / 2) % copies, copies - calls);  // far from what was used last
+// Copies of a weight of one kind, of any numbers, that are multiplied one after another.
+class Weights {
+  public:
+    Weights(const Kind& kind, int outputs, int inputs) : kind_(kind), outputs_(outputs), inputs_(inputs) {
+        bytes_ = (size_t)(outputs * (double)inputs * kind.bits / 8);
+        const size_t groups = kind.group ? (size_t)outputs * (inputs / kind.group) : 0;
+        const size_t scales = groups * bytes_of(kind.scale_type), zeros = kind.zeros ? groups : 0;
+        const size_t offsets = kind.offsets ? scales : 0;
+        const size_t shared = kind.per_shared ? groups / kind.per_shared * 2 : 0;
+        beside_ = scales + offsets + zeros + (kind.offsets ? 2 : 1) * shared;
+        copies_ = std::max(2, (int)(environment("MB", 160) * 1e6 / (double)(bytes_ + beside_)));
+        memory_ = allocate(bytes_ * copies_);
+        for (size_t i = 0; i < bytes_ * copies_; i++) memory_[i] = (char)(kind.bits > 8 && i % 2 ? 0x3c : i * 37 & 63);
+        numbers_ = allocate(std::max((scales + offsets + zeros + 2 * shared) * copies_, (size_t)outputs * 4));
+        permutation_.resize(inputs);
+        for (int k = 0; k < inputs; k++) permutation_[k] = (int)((k * 797LL + 3) % inputs);
+        char* at = numbers_;
+        const auto take = [&](size_t bytes) { return (at += bytes) - bytes; };
+        for (int i = 0; i < copies_; i++) {
+            KvpLinear linear{};
+            linear.type = kind.type, linear.dynamic = kind.dynamic, linear.group = kind.group;
+            linear.outputs = outputs, linear.inputs = linear.padded = inputs;
+            linear.zero = kind.zero();
+            linear.panels = memory_ + i * bytes_;
+            linear.table = TABLE;
+            if (kind.permuted) linear.permutation = permutation_.data();
+            if (!kind.group && (kind.type == KVP_I8 || kind.type == KVP_F8)) linear.output_scales = (float*)numbers_;
+            const auto with = [&](size_t size, int type) {
+                const void* values = take(size);
+                return KvpGroupNumbers{values, shared ? take(shared) : nullptr, type, KVP_F16, kind.per_shared};
+            };
+            if (kind.group) linear.scales = with(scales, kind.scale_type);
+            if (kind.zeros) linear.zeros = {take(zeros), nullptr, KVP_U8, 0, 0};
+            if (kind.offsets) linear.offsets = with(offsets, kind.scale_type);
+            layers_.push_back(linear);
+        }
+    }
+    Weights(const Weights&) = delete;
+    ~Weights() { munmap(memory_, bytes_ * copies_); }
+
+    size_t bytes() const { return bytes_ + beside_; }
+
+    struct Times {
+        double product, read;  // seconds of one product, and of reading what it reads
+    };
+
+    Times burst(Team& team, int rows, double peak) {
+        const double arithmetic = 2.0 * rows * outputs_ * inputs_ / peak;
+        const int most = (int)(environment("BURST", 30) * 1e-3 / (arithmetic + (double)bytes_ / 34e9));
+        const int calls = std::max(1, std::min(copies_, most));
+        const std::vector<float> x = random_rows((size_t)rows * inputs_);
+        std::vector<float> y((size_t)rows * outputs_);
+        Buffer memory(rows_bytes(layers_[0], std::min(rows, MAX_ROWS))), scratch(multiply_scratch_bytes() * team.size());
+        const int from = std::min((at_ + copies_ / 2) % copies_, copies_ - calls);  // far from what was used last
         std::this_thread::sleep_for(std::chrono::milliseconds(environment("PAUSE", 0)));
-        reads.push_back(read_time(team, weights + from * bytes, bytes * calls));
+        const double read = read_time(team, memory_ + from * bytes_, bytes_ * calls);
         const double start = now();
         run(team, [&](int thread, int threads) {
             for (int i = 0; i < calls; i++)
                 for (int first = 0; first < rows; first += MAX_ROWS) {
-                    const KvpLinear& linear = layers[(at + i) % copies];
+                    const KvpLinear& linear = layers_[(at_ + i) % copies_];
                     const Rows packed = rows_at(linear, std::min(rows - first, MAX_ROWS), memory.p);
                     for (int row = thread; row < packed.count; row += threads)
-                        pack_row(packed, inputs, row, x.data() + (size_t)(first + row) * inputs);
+                        pack_row(packed, inputs_, row, x.data() + (size_t)(first + row) * inputs_);
                     team.barrier();
                     Target target;
-                    target.y = (float*)y + (size_t)first * outputs;
-                    target.stride = outputs;
+                    target.y = y.data() + (size_t)first * outputs_;
+                    target.stride = outputs_;
                     multiply(linear, packed, target, scratch.p + multiply_scratch_bytes() * thread, thread, threads);
                     team.barrier();
                 }
         });
-        times.push_back((now() - start) / calls);
+        at_ += calls;
+        return {(now() - start) / calls, read / calls * (double)(bytes_ + beside_) / (double)bytes_};
     }
-    const double time = quantile(times), speed = bytes * calls / quantile(reads);
-    const double memory_time = (bytes + scale_bytes) / speed;
-    printf("%-5s M=%-4d %5dx%-5d %9.1f us %6.1f GB/s %6.0f Gop/s  read now %5.1f GB/s  %3.0f%% of bound (%s)\n", kind.name,
-           rows, outputs, inputs, time * 1e6, (bytes + scale_bytes) / time / 1e9, 2e-9 * rows * outputs * inputs / time,
-           speed / 1e9, 100 * std::max(memory_time, arithmetic) / time, memory_time > arithmetic ? "memory" : "arithmetic");
+
+  private:
+    const Kind& kind_;
+    const int outputs_, inputs_;
+    size_t bytes_, beside_;
+    int copies_, at_ = 0;
+    char *memory_, *numbers_;
+    std::vector<int32_t> permutation_;
+    std::vector<KvpLinear> layers_;
+};
+
+double peak_of(const Kind& kind) { return environment("PEAK", kind.dynamic ? 868 : 435) * 1e9; }
+
+void time_product(const Kind& kind, int rows, int outputs, int inputs, Team& team) {
+    Weights weights(kind, outputs, inputs);
+    const double arithmetic = 2.0 * rows * outputs * inputs / peak_of(kind);
+    std::vector<double> times, reads;
+    for (int repeat = 0; repeat < environment("REPEATS", 7); repeat++) {
+        const Weights::Times taken = weights.burst(team, rows, peak_of(kind));
+        times.push_back(taken.product), reads.push_back(taken.read);
+    }
+    const double time = quantile(times), memory_time = quantile(reads), bytes = (double)weights.bytes();
+    printf("%-12s M=%-4d %5dx%-5d %9.1f us %6.1f GB/s %6.0f Gop/s  read now %5.1f GB/s  %3.0f%% of bound (%s)\n", kind.name,
+           rows, outputs, inputs, time * 1e6, bytes / time / 1e9, 2e-9 * rows * outputs * inputs / time,
+           bytes / memory_time / 1e9, 100 * std::max(memory_time, arithmetic) / time,
+           memory_time > arithmetic ? "memory" : "arithmetic");
     fflush(stdout);
-    munmap(weights, bytes * copies);
-    munmap(y, (size_t)rows * outputs * 4);
+}
+
+const Kind& kind_of(const std::string& name) {
+    for (const Kind& kind : KINDS)
+        if (name == kind.name) return kind;
+    printf("no kind %s\n", name.c_str());
+    exit(1);
+}
+
+void time_ratio(const Kind& kind, int rows, int outputs, int inputs, Team& team) {
+    const char* const name = getenv("BASE");
+    const Kind& base = kind_of(name ? name : "bf16");
+    Weights mine(kind, outputs, inputs), others(base, outputs, inputs);
+    std::vector<double> ratios, times;
+    for (int repeat = 0; repeat < environment("REPEATS", 7); repeat++) {
+        const double before = others.burst(team, rows, peak_of(base)).product;
+        const double own = mine.burst(team, rows, peak_of(kind)).product;
+        const double after = others.burst(team, rows, peak_of(base)).product;
+        ratios.push_back((before + after) / 2 / own), times.push_back(own);
+    }
+    std::sort(ratios.begin(), ratios.end());
+    printf("%-12s M=%-4d %5dx%-5d %9.1f us  %.2f times as fast as %s (%.2f to %.2f)\n", kind.name, rows, outputs, inputs,
+           quantile(times) * 1e6, ratios[ratios.size() / 2], base.name, ratios[ratios.size() / 4],
+           ratios[ratios.size() * 3 / 4]);
+    fflush(stdout);
+}
+
+std::vector<std::string> words(const char* text) {
+    std::vector<std::string> out;
+    std::stringstream stream(text);
+    for (std::string part; std::getline(stream, part, ',');) out.push_back(part);
+    return out;
 }
 
 std::vector<int> numbers(const char* text) {
     std::vector<int> out;
-    std::stringstream stream(text);
-    for (std::string part; std::getline(stream, part, ',');) out.push_back(std::stoi(part));
+    for (const std::string& part : words(text)) out.push_back(std::stoi(part));
     return out;
 }
 
-void time_packing(Team& team) {
+void time_packing(const Kind& kind, Team& team) {
     const int outputs = 5632, inputs = 2048, copies = 20;
-    char* const weights = allocate((size_t)outputs * inputs * 2 * copies);
-    memset(weights, 1, (size_t)outputs * inputs * 2 * copies);
+    const int64_t row = (int64_t)(inputs * kind.bits / 8);
+    char* const weights = allocate((size_t)(outputs * row * copies));
+    memset(weights, 1, (size_t)(outputs * row * copies));
     for (int repeat = 0; repeat < 3; repeat++) {
         const double start = now();
         run(team, [&](int thread, int threads) {
-            Buffer scratch(inputs * 2 * 32);
+            Buffer scratch(row * 32);
             for (int i = 0; i < copies; i++) {
-                char* p = weights + (size_t)outputs * inputs * 2 * i;
-                const KvpLinear linear{KVP_BF16, 0, outputs, inputs, inputs, 0, p, nullptr, nullptr, nullptr, nullptr};
-                pack_weight(linear, p, inputs * 2, scratch.p, thread, threads);
+                KvpLinear linear{};
+                linear.type = kind.type, linear.group = kind.group;
+                linear.outputs = outputs, linear.inputs = linear.padded = inputs;
+                linear.panels = weights + outputs * row * i;
+                pack_weight(linear, (char*)linear.panels, row, scratch.p, thread, threads);
             }
         });
-        printf("packed in place: %.1f GB/s of weights\n", (double)outputs * inputs * 2 * copies / (now() - start) / 1e9);
+        const double taken = now() - start;
+        printf("%s packed in place: %.1f GB/s, %.1f G weights/s\n", kind.name, (double)outputs * row * copies / taken / 1e9,
+               (double)outputs * inputs * copies / taken / 1e9);
     }
 }
 
@@ -385,19 +400,18 @@ int main(int argc, char** argv) {
             check_bits(kind, *one, team);
             printf(", targets, in place, bits of a row over 1..%d rows and 1, %d threads: ok\n", MAX_ROWS, team.size());
         }
-    } else if (command == "gemm" && argc > 3) {
-        for (const Kind& kind : KINDS) {
-            if (strcmp(kind.name, argv[2])) continue;
-            std::vector<const char*> shapes(argv + 4, argv + argc);
-            if (shapes.empty()) shapes = {"2048,768", "768,2048", "5632,2048", "2048,5632", "32000,768"};
-            const double peak = environment("PEAK", kind.dynamic ? 868 : 435) * 1e9;
+    } else if ((command == "gemm" || command == "ratio") && argc > 3) {
+        std::vector<const char*> shapes(argv + 4, argv + argc);
+        if (shapes.empty()) shapes = {"2048,768", "768,2048", "5632,2048", "2048,5632", "32000,768"};
+        for (const std::string& kind : words(argv[2]))
             for (const char* shape : shapes)
-                for (int rows : numbers(argv[3])) time_product(kind, rows, numbers(shape)[0], numbers(shape)[1], team, peak);
-        }
+                for (int rows : numbers(argv[3]))
+                    (command == "gemm" ? time_product : time_ratio)(kind_of(kind), rows, numbers(shape)[0],
+                                                                    numbers(shape)[1], team);
     } else if (command == "pack") {
-        time_packing(team);
+        for (const char* kind : {"bf16", "int4", "q8", "fp8"}) time_packing(kind_of(kind), team);
     } else {
-        printf("linear_bench check | gemm KIND ROWS,ROWS.. [N,K ..] | pack\n");
+        printf("linear_bench check | gemm KIND ROWS,ROWS.. [N,K ..] | ratio KIND,KIND.. ROWS,ROWS.. [N,K ..] | pack\n");
         return 1;
     }
     return 0;

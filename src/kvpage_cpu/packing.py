@@ -63,7 +63,11 @@ def merge(forms: Sequence[WeightForm]) -> WeightForm | None:
     if not others:
         return first
     joined = first.join(others)
-    return first.join(others, torch.cat) if joined is None else joined
+    return first.join(others, _concatenated) if joined is None else joined
+
+
+def _concatenated(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    return torch.cat(list(parts))
 
 
 def pack(
@@ -93,7 +97,7 @@ def pack(
         struct.padded = _up(inputs, MULTIPLES[struct.type])
     elif isinstance(form, ChannelInt8):
         plain, struct.type, struct.padded = form.codes, I8, _up(inputs, MULTIPLES[I8])
-        struct.dynamic = form.activation == "per-token" and not exact
+        struct.zero, struct.dynamic = 128, form.activation == "per-token" and not exact
         struct.output_scales = _keep(packed, _padded_rows(form.scales.float() * form.factor))
     else:
         assert isinstance(form, Grouped), "why_not has no reasons"

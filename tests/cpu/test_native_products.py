@@ -6,11 +6,11 @@ import ctypes
 
 import pytest
 import torch
+from native_forms import MAKERS, PADDED, as_computed, form_of
 
 from kvpage.api.quant import Codebook, Fp8, GroupedInt, WeightForm
 from kvpage_cpu.native import ISAS, Context, NativeLibraryError, available_isas
 from kvpage_cpu.packing import PLAIN, PackedLinear, context_for, pack
-from native_forms import MAKERS, PADDED, as_computed, form_of
 
 try:
     AVAILABLE = available_isas()

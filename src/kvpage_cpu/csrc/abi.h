@@ -42,7 +42,8 @@ typedef struct KvpLinear {
     int32_t inputs;        // K as x has it
     int32_t padded;        // K as the panels have it
     int32_t group;         // inputs that share a scale: 16, 32, 64, 128 (dynamic int4: not 16); 0: int8, f8: all do
-    int32_t zero;          // int4, int8: the code of 0 where there are no `zeros`
+    int32_t zero;          // int4, int8: the code of 0 where there are no `zeros`; 128 where an output has one scale;
+                           // other types: 0
     const void* panels;    // the N / 32 whole panels, 64-byte aligned
     const void* tail;      // the last panel where N % 32, with zero weights beyond N
     const float* output_scales;         // int8, f8 without groups: [N up to a multiple of 32]

@@ -21,9 +21,17 @@ struct Product {
     const Rows& rows;
     Blocks blocks;
     int panel_lines;
+    CodeNumbers numbers;
     char* expanded;  // scratch
     float *scales, *offsets;  // of the groups of a chunk; offsets may be null
 };
+
+CodeNumbers numbers_of(const KvpLinear& linear) {
+    CodeNumbers numbers{{}, (float)linear.zero};
+    for (int i = 0; i < 16; i++)
+        numbers.of_nibbles[i] = linear.type == KVP_C4 ? linear.table[i] : (float)(i - linear.zero);
+    return numbers;
+}
 
 // One panel, and what is prefetched when it ends.
 struct Panel {
@@ -46,31 +54,49 @@ Panel panel_at(const Product& product, int index, int next) {
     return {index, weights(index), weights(next)};
 }
 
-// scales, offsets [count][PANEL] of groups from `first` on, weight = (q - middle) * scale + offset; `offsets` may be
-// null. What lies as far behind is prefetched.
-void read_groups(const KvpLinear& linear, int panel, int first, int count, float* scales, float* offsets) {
-    const int groups = linear.padded / linear.group, middle = middle_of(linear.type);
-    const auto prefetch_next = [=](const KvpGroupNumbers& of, int group) {
-        if (!of.values) return;
-        const char* const at =
-            (const char*)of.values + ((size_t)panel * groups + group + count) * PANEL * size_of(of.type);
-        for (int byte = 0; byte < PANEL * size_of(of.type); byte += 64) __builtin_prefetch(at + byte, 0, 0);
-    };
-    for (int group = first; group < first + count; group++, scales += PANEL) {
-        prefetch_next(linear.scales, group);
-        for (int n = 0; n < PANEL; n += W) store(scales + n, group_numbers(linear.scales, panel, groups, group, n));
-        if (!offsets) continue;
-        prefetch_next(linear.zeros, group);
-        prefetch_next(linear.offsets, group);
-        for (int n = 0; n < PANEL; n += W) {
-            const F zeros = linear.zeros.values ? group_numbers(linear.zeros, panel, groups, group, n)
-                                                : splat((float)linear.zero);
-            F offset = (splat((float)middle) - zeros) * load(scales + n);
-            if (linear.offsets.values) offset = offset + group_numbers(linear.offsets, panel, groups, group, n);
-            store(offsets + n, offset);
-        }
-        offsets += PANEL;
+// of[first .. first + count) of a panel's groups as floats: out [count][PANEL].
+template <int TYPE>
+void read_numbers(const KvpGroupNumbers& of, int panel, int groups, int first, int count, float* out) {
+    const size_t at = ((size_t)panel * groups + first) * PANEL;
+    const char* const next = (const char*)of.values + (at + (size_t)count * PANEL) * size_of(TYPE);
+    for (int byte = 0; byte < count * PANEL * size_of(TYPE); byte += 64) prefetch(next + byte);
+    if (!of.shared) {
+        for (int i = 0; i < count * PANEL; i += W) store(out + i, numbers_at(TYPE, of.values, at + i));
+        return;
     }
+    const size_t of_panel = (size_t)panel * (groups / of.per_shared);
+    for (int group = first, end; group < first + count; group = end) {
+        const int index = group / of.per_shared;
+        end = (index + 1) * of.per_shared < first + count ? (index + 1) * of.per_shared : first + count;
+        for (int n = 0; n < PANEL; n += W) {
+            const F shared = numbers_at(of.shared_type, of.shared, (of_panel + index) * PANEL + n);
+            for (int i = (group - first) * PANEL + n; i < (end - first) * PANEL; i += PANEL)
+                store(out + i, shared * numbers_at(TYPE, of.values, at + i));
+        }
+    }
+}
+
+void read_numbers(const KvpGroupNumbers& of, int panel, int groups, int first, int count, float* out) {
+    switch (of.type) {
+        case KVP_F32: return read_numbers<KVP_F32>(of, panel, groups, first, count, out);
+        case KVP_BF16: return read_numbers<KVP_BF16>(of, panel, groups, first, count, out);
+        case KVP_F16: return read_numbers<KVP_F16>(of, panel, groups, first, count, out);
+        case KVP_U8: return read_numbers<KVP_U8>(of, panel, groups, first, count, out);
+        case KVP_I8: return read_numbers<KVP_I8>(of, panel, groups, first, count, out);
+        default: return read_numbers<KVP_I16>(of, panel, groups, first, count, out);
+    }
+}
+
+// scales, offsets [count][PANEL] of groups from `first` on: weight = (q - linear.zero) * scale + offset; `offsets` may
+// be null.
+void read_groups(const KvpLinear& linear, int panel, int first, int count, float* scales, float* offsets) {
+    const int groups = linear.padded / linear.group;
+    read_numbers(linear.scales, panel, groups, first, count, scales);
+    if (!offsets) return;
+    if (linear.offsets.values) return read_numbers(linear.offsets, panel, groups, first, count, offsets);
+    read_numbers(linear.zeros, panel, groups, first, count, offsets);
+    for (int i = 0; i < count * PANEL; i += W)
+        store(offsets + i, (splat((float)linear.zero) - load(offsets + i)) * load(scales + i));
 }
 
 // The work of `lines` lines of the panel from `line` on, but for its rows.
@@ -80,14 +106,14 @@ Work work_at(const Product& product, const Panel& panel, int line, int lines) {
     work.weights = panel.weights + (size_t)line * LINE;
     work.lines = lines;
     work.first = line == 0;
+    work.numbers = product.numbers;
     if constexpr (Kind::SCALING != Scaling::none) {
         const KvpLinear& linear = product.linear;
         const int group = linear.group, groups = linear.padded / group;
         work.group_lines = group / elements_of_dword(linear.type);
         work.num_groups = groups;
-        work.group_pieces = group / 32;
-        work.num_pieces = linear.padded / 32;
-        work.table = linear.table;
+        work.group_pieces = group / summed_columns(group);
+        work.num_pieces = linear.padded / summed_columns(group);
         const int first = line / work.group_lines;
         if (has_plain_scales(linear)) {
             work.plain_scales =
@@ -109,13 +135,13 @@ void enter_block(Work& work, const Product& product, int block, int dwords, char
     work.x = pieces.data + (size_t)(dwords / 16) * pieces.step;
     work.sums = sums + (size_t)row * LINE;
     if constexpr (Kind::SCALING == Scaling::of_sums) {
-        const int column = dwords / Kind::STEPS * 8;
+        const int column = dwords / 16 * columns_of_piece(product.rows.form);
         if (product.rows.form == RowForm::s8_group) {
             const size_t at = (size_t)row * work.num_groups + column / product.linear.group;
             work.row_scales = product.rows.scales + at;
             work.row_sums = product.rows.sums + at;
         } else if (product.offsets) {
-            work.piece_sums = product.rows.scales + (size_t)row * work.num_pieces + column / 32;
+            work.piece_sums = product.rows.scales + (size_t)row * work.num_pieces + column / product.rows.group;
         }
     }
 }
@@ -160,6 +186,7 @@ void pass_chunks(const Product& product, const Panel& panel, char* sums) {
             expand_lines<Kind>(work, product.expanded);
             work.weights = product.expanded;
             work.lines = lines * EXPANSION;
+            work.group_lines *= EXPANSION;
         }
         const int next_lines = rest >= 2 * CHUNK || rest <= CHUNK ? CHUNK : rest - CHUNK;
         work.stride = (next_lines * LINE + passes * work.lines - 1) / (passes * work.lines);
@@ -186,33 +213,39 @@ void sum_panel(const Product& product, const Panel& panel, char* sums) {
 // way.
 template <class Kind, class Plain, int TALLEST>
 void sum_expanded_panel(const Product& product, const Panel& panel, char* sums) {
-    if (product.rows.count > TALLEST_DIRECT) pass_chunks<Kind, Plain, TALLEST, true>(product, panel, sums);
-    else if (tiles_of_panel(product.rows.count) == 1)
-        stream_panel<Kind, TALLEST_DIRECT>(product, panel, sums);
-    else pass_chunks<Kind, Kind, TALLEST_DIRECT, false>(product, panel, sums);
+    constexpr int DIRECT = TALLEST < TALLEST_DIRECT ? TALLEST : TALLEST_DIRECT;
+    if (product.rows.count > DIRECT) pass_chunks<Kind, Plain, TALLEST, true>(product, panel, sums);
+    else if (tiles_of_panel(product.rows.count) == 1) stream_panel<Kind, DIRECT>(product, panel, sums);
+    else pass_chunks<Kind, Kind, DIRECT, false>(product, panel, sums);
 }
 
 PanelSums panel_sums(const KvpLinear& linear, RowForm form) {
+    constexpr int TALL = tallest(KVP_F32, 0, RowForm::f32);
     if (form == RowForm::s8) return sum_panel<DynamicInt8, tallest(KVP_I8, 0, RowForm::s8)>;
     if (form == RowForm::s8_group) return sum_panel<DynamicInt4, tallest(KVP_I4, 32, RowForm::s8_group)>;
-    constexpr int TALL = tallest(KVP_F32, 0, RowForm::f32);
-#if KVP_ISA == 3
-    using Plain = Bfloat16;
-    constexpr int TALL_SCALED = tallest(KVP_I4, 32, RowForm::bf16);
-    if (linear.type == KVP_BF16) return sum_panel<Bfloat16, TALL>;
-    if (linear.type == KVP_C4) return sum_panel<Codes4, TALL_SCALED>;
-    if (linear.type == KVP_I4 && linear.group >= 32) return sum_panel<Int4, TALL_SCALED>;
-#else
-    using Plain = Float32;
-    if (linear.type == KVP_BF16) return sum_expanded_panel<Bfloat16, Plain, TALL>;
-    if (linear.type == KVP_C4) return sum_expanded_panel<Scaled<TableCodes>, Plain, TALL>;
-#endif
     if (linear.type == KVP_F32) return sum_panel<Float32, TALL>;
-    if (linear.type == KVP_I4) return sum_expanded_panel<Scaled<NibbleCodes>, Plain, TALL>;
-    if (linear.type == KVP_F8 && linear.group == 0) return sum_expanded_panel<Float8, Plain, TALL>;
-    if (linear.type == KVP_F8) return sum_expanded_panel<Scaled<Float8Codes>, Plain, TALL>;
-    if (linear.group == 0) return sum_expanded_panel<Int8, Plain, TALL>;
-    return sum_expanded_panel<Scaled<ByteCodes>, Plain, TALL>;
+#if KVP_ISA == 3
+    constexpr int TALL_CODES = tallest(KVP_I4, 32, RowForm::bf16);
+    constexpr int TALL_BYTES = tallest(KVP_I8, 32, RowForm::bf16);
+    if (linear.type == KVP_BF16) return sum_panel<Bfloat16, TALL>;
+    if (linear.type == KVP_I4 || linear.type == KVP_C4) return sum_panel<Codes4, TALL_CODES>;
+    if (linear.group == 0) {
+        if (linear.type == KVP_F8) return sum_expanded_panel<Float8, Bfloat16, TALL>;
+        return sum_expanded_panel<Int8, Bfloat16, TALL>;
+    }
+    if (linear.type == KVP_F8) return sum_expanded_panel<Groups<Float8>, Groups<Bfloat16>, TALL_BYTES>;
+    return sum_expanded_panel<Groups<Int8>, Groups<Bfloat16>, TALL_BYTES>;
+#else
+    if (linear.type == KVP_BF16) return sum_expanded_panel<Bfloat16, Float32, TALL>;
+    if (linear.type == KVP_I4 || linear.type == KVP_C4)
+        return sum_expanded_panel<Scaled<NibbleCodes>, Float32, TALL>;
+    if (linear.group == 0) {
+        if (linear.type == KVP_F8) return sum_expanded_panel<Float8, Float32, TALL>;
+        return sum_expanded_panel<Int8, Float32, TALL>;
+    }
+    if (linear.type == KVP_F8) return sum_expanded_panel<Scaled<Float8Codes>, Float32, TALL>;
+    return sum_expanded_panel<Scaled<ByteCodes>, Float32, TALL>;
+#endif
 }
 
 // What a panel's sums still lack: scales of outputs, and the bias.
@@ -317,8 +350,9 @@ void multiply(const KvpLinear& linear, const Rows& rows, const Target& target, c
     char* const gated_sums = scratch + SUMS_BYTES;
     char* const expanded = scratch + 2 * SUMS_BYTES;
     float* const scales = (float*)(expanded + EXPANDED_BYTES);
-    const Product product{linear, rows, blocks_of(rows), linear.padded / elements_of_dword(linear.type), expanded,
-                          scales, has_offsets(linear) ? scales + SCALES_BYTES / sizeof(float) : nullptr};
+    float* const offsets = has_offsets(linear) ? scales + SCALES_BYTES / sizeof(float) : nullptr;
+    const Product product{linear,   rows,   blocks_of(rows), linear.padded / elements_of_dword(linear.type),
+                          numbers_of(linear), expanded, scales, offsets};
     const PanelSums sum = panel_sums(linear, rows.form);
     const bool gated = target.store == Store::gated;
     const int panels = (linear.outputs + PANEL - 1) / PANEL / (gated ? 2 : 1);

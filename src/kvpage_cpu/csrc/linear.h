@@ -18,10 +18,10 @@ struct Rows {
     RowForm form;
     int count;          // M
     int columns;        // K, padded as the weight is
-    int group;          // s8_group: columns that share a scale
+    int group;          // s8_group: columns that share a scale; bf16: that share one of `scales`
     int block_height;   // most rows of a block
     char* data;
-    float* scales;      // s8: [M], s8_group: [M][groups]; bf16 for int4 with offsets: sums of 32 columns [M][K / 32]
+    float* scales;      // s8: [M], s8_group: [M][groups]; bf16 where groups have offsets: sums of x
     int32_t* sums;      // of the int8 values, likewise
     const int32_t* permutation;  // [K]: column j is input permutation[j] of x; null = j
 };

@@ -14,14 +14,23 @@ KVP_INLINE I broadcast_bits(const char* x) {
     return splat_int(value);
 }
 
+// What codes of integers and of tables stand for, before scales.
+struct CodeNumbers {
+    float of_nibbles[16];
+    float zero;  // of bytes
+};
+
 struct NoTable {};
+
+// Where the nibble of column i of a dword's eight begins.
+KVP_INLINE constexpr int nibble(int i) { return 4 * (i / 2 + i % 2 * 4); }
 
 struct FloatProducts {
     using Sum = F;
     using Value = F;
     using Table = NoTable;
     static constexpr Scaling SCALING = Scaling::none;
-    KVP_INLINE Table table(const float*) { return {}; }
+    KVP_INLINE Table table(const CodeNumbers&) { return {}; }
     KVP_INLINE F value(const char* x) { return as_float(broadcast_bits(x)); }
     KVP_INLINE F dot(F sum, F weights, F x) { return fma(weights, x, sum); }
 };
@@ -31,8 +40,10 @@ struct Float32 : FloatProducts {
     KVP_INLINE F weights(I line, int, NoTable) { return as_float(line); }
 };
 
+#if KVP_ISA < 3
+
 // Sixteen floats to look up in, by the low 4 bits of each lane.
-#if KVP_ISA >= 2
+#if KVP_ISA == 2
 struct Table16 {
     F values;
     explicit Table16(const float* table) : values(load(table)) {}
@@ -49,8 +60,8 @@ struct Table16 {
 };
 #else
 struct Table16 {
-    const float* values;
-    explicit Table16(const float* table) : values(table) {}
+    float values[16];
+    explicit Table16(const float* table) { memcpy(values, table, sizeof values); }
     KVP_INLINE F at(const Table16& table, I codes) {
         const I i = codes & 15;
         return F{table.values[i[0]], table.values[i[1]], table.values[i[2]], table.values[i[3]]};
@@ -58,54 +69,29 @@ struct Table16 {
 };
 #endif
 
-// Where the nibble of column i of a dword's eight begins.
-KVP_INLINE constexpr int nibble(int i) { return 4 * (i / 2 + i % 2 * 4); }
-
 // Codes of a line as floats, columns 0 to COUNT - 1.
-struct NibbleCodes {  // q - 8
-    static constexpr int COUNT = 8;
-    using Table = NoTable;
-    KVP_INLINE Table table(const float*) { return {}; }
-    KVP_INLINE F number(I line, int i, NoTable) {
-#if KVP_ISA >= 2
-        const F codes = _mm512_setr_ps(-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7);
-        return _mm512_permutexvar_ps(shift_right(line, nibble(i)), codes);  // looks at the low 4 bits only
-#else
-        const I codes = bit_xor(line, splat_int((int32_t)0x88888888));  // q to q - 8
-        return to_float(shift_right_signed(shift_left(codes, 28 - nibble(i)), 28));
-#endif
-    }
-};
-
-struct TableCodes {
+struct NibbleCodes {
     static constexpr int COUNT = 8;
     using Table = Table16;
-    KVP_INLINE Table table(const float* values) { return Table(values); }
+    KVP_INLINE Table table(const CodeNumbers& numbers) { return Table(numbers.of_nibbles); }
     KVP_INLINE F number(I line, int i, const Table& table) {
         return Table16::at(table, shift_right(line, nibble(i)));
     }
 };
 
-struct ByteCodes {  // q - 128
+struct ByteCodes {  // q - zero
     static constexpr int COUNT = 4;
-    using Table = NoTable;
-    KVP_INLINE Table table(const float*) { return {}; }
-    KVP_INLINE F number(I line, int i, NoTable) {
-#if KVP_ISA == 3  // the mantissa of 2^23 + byte, less what is too much
-        const I bytes = _mm512_broadcast_i32x4(_mm_setr_epi32(i, i + 4, i + 8, i + 12));
-        const I bits = _mm512_mask_shuffle_epi8(splat_int(0x4b000000), 0x1111111111111111, line, bytes);
-        return as_float(bits) - splat(8388608.0f + 128.0f);
-#else
-        const I codes = bit_xor(line, splat_int((int32_t)0x80808080));
-        return to_float(shift_right_signed(shift_left(codes, 24 - 8 * i), 24));
-#endif
+    using Table = F;
+    KVP_INLINE Table table(const CodeNumbers& numbers) { return splat(numbers.zero); }
+    KVP_INLINE F number(I line, int i, F zero) {
+        return to_float(bit_and(shift_right(line, 8 * i), splat_int(255))) - zero;
     }
 };
 
 struct Float8Codes {
     static constexpr int COUNT = 4;
     using Table = NoTable;
-    KVP_INLINE Table table(const float*) { return {}; }
+    KVP_INLINE Table table(const CodeNumbers&) { return {}; }
     KVP_INLINE F number(I line, int i, NoTable) {
         const I top = shift_left(line, 24 - 8 * i);  // sign, 4 bits of exponent, 3 of mantissa
         const I size = bit_and(shift_right(top, 4), splat_int(0x07f00000));
@@ -115,8 +101,6 @@ struct Float8Codes {
     }
 };
 
-#if KVP_ISA < 3
-
 struct Bfloat16 : FloatProducts {
     static constexpr int STEPS = 2;
     KVP_INLINE F weights(I line, int step, NoTable) { return step == 0 ? low_bf16(line) : high_bf16(line); }
@@ -125,7 +109,9 @@ struct Bfloat16 : FloatProducts {
 template <class Codes>
 struct Unscaled : FloatProducts {
     static constexpr int STEPS = Codes::COUNT;
-    KVP_INLINE F weights(I line, int step, NoTable table) { return Codes::number(line, step, table); }
+    using Table = typename Codes::Table;
+    KVP_INLINE Table table(const CodeNumbers& numbers) { return Codes::table(numbers); }
+    KVP_INLINE F weights(I line, int step, const Table& table) { return Codes::number(line, step, table); }
 };
 using Int8 = Unscaled<ByteCodes>;
 using Float8 = Unscaled<Float8Codes>;
@@ -135,7 +121,7 @@ struct Scaled : FloatProducts {
     using Table = typename Codes::Table;
     static constexpr int STEPS = Codes::COUNT;
     static constexpr Scaling SCALING = Scaling::of_weights;
-    KVP_INLINE Table table(const float* values) { return Codes::table(values); }
+    KVP_INLINE Table table(const CodeNumbers& numbers) { return Codes::table(numbers); }
     KVP_INLINE F weights(I line, int step, const Table& table, F scale, F offset) {
         return fma(Codes::number(line, step, table), scale, offset);
     }
@@ -147,7 +133,7 @@ struct ShortProducts {
     using Value = I;
     using Table = NoTable;
     static constexpr Scaling SCALING = Scaling::none;
-    KVP_INLINE Table table(const float*) { return {}; }
+    KVP_INLINE Table table(const CodeNumbers&) { return {}; }
     KVP_INLINE I value(const char* x) { return broadcast_bits(x); }
     KVP_INLINE I dot(I sum, I weights, I x) {
 #if KVP_ISA == 2
@@ -182,7 +168,7 @@ struct PairProducts {
     using Value = I;
     using Table = NoTable;
     static constexpr Scaling SCALING = Scaling::none;
-    KVP_INLINE Table table(const float*) { return {}; }
+    KVP_INLINE Table table(const CodeNumbers&) { return {}; }
     KVP_INLINE I value(const char* x) { return broadcast_bits(x); }
     KVP_INLINE F dot(F sum, I weights, I x) { return _mm512_dpbf16_ps(sum, (__m512bh)weights, (__m512bh)x); }
 };
@@ -193,13 +179,19 @@ struct Bfloat16 : PairProducts {
 };
 
 struct Int8 : PairProducts {
+    using Table = F;
     static constexpr int STEPS = 2;
-    KVP_INLINE I weights(I line, int step, NoTable table) {
-        const I low = as_int(ByteCodes::number(line, 2 * step, table));
-        const I high = as_int(ByteCodes::number(line, 2 * step + 1, table));
+    KVP_INLINE Table table(const CodeNumbers& numbers) { return splat(8388608.0f + numbers.zero); }
+    KVP_INLINE I weights(I line, int step, F excess) {
+        const I low = byte_as_float(line, 2 * step, excess), high = byte_as_float(line, 2 * step + 1, excess);
         // Floats of 8 bits end in 16 zeros: the upper half of `low` takes the lower half of `high`.
         const I upper = _mm512_broadcast_i32x4(_mm_setr_epi32(0x0302, 0x0706, 0x0b0a, 0x0f0e));
         return _mm512_mask_shuffle_epi8(high, 0x3333333333333333, low, upper);
+    }
+    KVP_INLINE I byte_as_float(I line, int index, F excess) {  // the mantissa of 2^23 + byte, less what is too much
+        const I bytes = _mm512_broadcast_i32x4(_mm_setr_epi32(index, index + 4, index + 8, index + 12));
+        const I bits = _mm512_mask_shuffle_epi8(splat_int(0x4b000000), 0x1111111111111111, line, bytes);
+        return as_int(as_float(bits) - excess);
     }
 };
 
@@ -222,58 +214,23 @@ struct Float8 : PairProducts {
     }
 };
 
-template <class Codes>
-KVP_INLINE void numbers_of_step(I line, int step, const typename Codes::Table& table, F& low, F& high) {
-    if constexpr (__is_same(Codes, Float8Codes)) {
-        const I bits = Float8::weights(line, step, table);
-        low = low_bf16(bits);
-        high = high_bf16(bits);
-    } else {
-        low = Codes::number(line, 2 * step, table);
-        high = Codes::number(line, 2 * step + 1, table);
-    }
-}
-
-// The weights as a bf16 model would hold them.
-template <class Codes>
-struct Scaled : PairProducts {
-    using Table = typename Codes::Table;
-    static constexpr int STEPS = Codes::COUNT / 2;
-    static constexpr Scaling SCALING = Scaling::of_weights;
-    KVP_INLINE Table table(const float* values) { return Codes::table(values); }
-    KVP_INLINE I weights(I line, int step, const Table& table, F scale, F offset) {
-        F low, high;
-        numbers_of_step<Codes>(line, step, table, low, high);
-        const I apart = (I)_mm512_cvtne2ps_pbh(fma(high, scale, offset), fma(low, scale, offset));
-        const I pairs = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6,
-                                         21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
-        return _mm512_permutexvar_epi16(pairs, apart);
-    }
-};
-
-struct Int4 : PairProducts {
-    static constexpr int STEPS = 4;
-    static constexpr Scaling SCALING = Scaling::of_sums;
-    KVP_INLINE I weights(I line, int step, NoTable) {
-        // bf16 of q - 8 twice: the permutation looks at 5 bits, of which the upper belongs to the next code.
-        const __m512i codes = _mm512_broadcast_i64x4(_mm256_setr_epi16(
-            (short)0xc100, (short)0xc0e0, (short)0xc0c0, (short)0xc0a0, (short)0xc080, (short)0xc040,
-            (short)0xc000, (short)0xbf80, 0, 0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0));
-        return _mm512_permutexvar_epi16(_mm512_srli_epi16(line, 4 * step), codes);
-    }
-};
-
-// A table as bf16, twice, for the same reason.
 struct Codes4 : PairProducts {
     using Table = I;
     static constexpr int STEPS = 4;
     static constexpr Scaling SCALING = Scaling::of_sums;
-    KVP_INLINE Table table(const float* values) {
-        return _mm512_broadcast_i64x4((__m256i)_mm512_cvtneps_pbh(load(values)));
+    KVP_INLINE Table table(const CodeNumbers& numbers) {  // in bf16, twice
+        return _mm512_broadcast_i64x4((__m256i)_mm512_cvtneps_pbh(load(numbers.of_nibbles)));
     }
     KVP_INLINE I weights(I line, int step, I table) {
+        // The permutation looks at 5 bits, of which the upper belongs to the next code.
         return _mm512_permutexvar_epi16(_mm512_srli_epi16(line, 4 * step), table);
     }
+};
+
+// Kinds of unscaled weights, in groups.
+template <class Kind>
+struct Groups : Kind {
+    static constexpr Scaling SCALING = Scaling::of_sums;
 };
 
 struct ByteProducts {
@@ -281,7 +238,7 @@ struct ByteProducts {
     using Value = I;
     using Table = NoTable;
     static constexpr Scaling SCALING = Scaling::none;
-    KVP_INLINE Table table(const float*) { return {}; }
+    KVP_INLINE Table table(const CodeNumbers&) { return {}; }
     KVP_INLINE I value(const char* x) { return broadcast_bits(x); }
     KVP_INLINE I dot(I sum, I weights, I x) { return _mm512_dpbusd_epi32(sum, weights, x); }
 };

@@ -29,7 +29,7 @@ struct Work {
     int group_lines, num_groups;     // num_groups: of a row, over the whole K
     const uint16_t* plain_scales;    // [group][PANEL] as the weight has them, or
     const float *scales, *offsets;   // as read_groups wrote them; offsets may be null
-    const float* table;              // of 16
+    CodeNumbers numbers;
     const float* row_scales;           // of integers, [height][num_groups]
     const int32_t* row_sums;           // likewise
     const float* piece_sums;           // of bf16 rows, [height][num_pieces], where there are offsets
@@ -97,34 +97,29 @@ KVP_INLINE void load_sum(I& sum, const char* p) { sum = load_bits(p); }
 KVP_INLINE void store_sum(char* p, F sum) { store((float*)p, sum); }
 KVP_INLINE void store_sum(char* p, I sum) { store_bits(p, sum); }
 
-// A group's sums of (q - 8) * x, or of q * x - 8 * sum(x) in integers, scaled and added to the rows'.
-template <bool OFFSETS, int HEIGHT, int NV>
-KVP_INLINE void add_group(float* total, const F (&sums)[HEIGHT][NV], const GroupScales<NV>& group,
-                          const Work& work, int index) {
-    KVP_UNROLL for (int m = 0; m < HEIGHT; m++) {
-        float x = 0.0f;
-        if (OFFSETS)
-            for (int i = 0; i < work.group_pieces; i++)
-                x += work.piece_sums[m * work.num_pieces + index * work.group_pieces + i];
-        KVP_UNROLL for (int n = 0; n < NV; n++) {
-            F sum = fma(sums[m][n], group.scales[n], load(total + m * PANEL + n * W));
-            if (OFFSETS) sum = fma(splat(x), group.offsets[n], sum);
-            store(total + m * PANEL + n * W, sum);
-        }
+// A row's sums of a group, of (q - zero) * x or, in integers, of q * x - zero * sum(x), scaled and added to its total.
+template <bool OFFSETS, int NV>
+KVP_INLINE void add_group(F (&total)[NV], const F (&sums)[NV], const GroupScales<NV>& group, const Work& work,
+                          int row, int index) {
+    float x = 0.0f;
+    if (OFFSETS)
+        for (int i = 0; i < work.group_pieces; i++)
+            x += work.piece_sums[row * work.num_pieces + index * work.group_pieces + i];
+    KVP_UNROLL for (int n = 0; n < NV; n++) {
+        total[n] = fma(sums[n], group.scales[n], total[n]);
+        if (OFFSETS) total[n] = fma(splat(x), group.offsets[n], total[n]);
     }
 }
 
-template <bool OFFSETS, int HEIGHT, int NV>
-KVP_INLINE void add_group(float* total, const I (&sums)[HEIGHT][NV], const GroupScales<NV>& group,
-                          const Work& work, int index) {
-    KVP_UNROLL for (int m = 0; m < HEIGHT; m++) {
-        const F scale = splat(work.row_scales[m * work.num_groups + index]);
-        const F x = to_float(splat_int(work.row_sums[m * work.num_groups + index]));
-        KVP_UNROLL for (int n = 0; n < NV; n++) {
-            F sum = to_float(sums[m][n]) * group.scales[n];
-            if (OFFSETS) sum = fma(x, group.offsets[n], sum);
-            store(total + m * PANEL + n * W, fma(sum, scale, load(total + m * PANEL + n * W)));
-        }
+template <bool OFFSETS, int NV>
+KVP_INLINE void add_group(F (&total)[NV], const I (&sums)[NV], const GroupScales<NV>& group, const Work& work,
+                          int row, int index) {
+    const F scale = splat(work.row_scales[row * work.num_groups + index]);
+    const F x = to_float(splat_int(work.row_sums[row * work.num_groups + index]));
+    KVP_UNROLL for (int n = 0; n < NV; n++) {
+        F sum = to_float(sums[n]) * group.scales[n];
+        if (OFFSETS) sum = fma(x, group.offsets[n], sum);
+        total[n] = fma(sum, scale, total[n]);
     }
 }
 
@@ -132,31 +127,71 @@ template <class Kind, int NV>
 KVP_INLINE void begin_group(typename Kind::Sum (&sums)[NV], const Work& work, int row, int index) {
     KVP_UNROLL for (int n = 0; n < NV; n++) {
         if constexpr (__is_same(typename Kind::Sum, I))
-            sums[n] = splat_int(-8 * work.row_sums[row * work.num_groups + index]);
+            sums[n] = splat_int(-(int)work.numbers.zero * work.row_sums[row * work.num_groups + index]);
         else sums[n] = zero();
     }
+}
+
+// Tiles whose totals stay in registers beside the sums of a group.
+template <class Kind>
+KVP_INLINE constexpr bool keeps_totals(int height) {
+    return KVP_ISA >= 2 && height <= (__is_same(typename Kind::Sum, I) ? 6 : 7);
+}
+
+template <int NV>
+KVP_INLINE void load_total(F (&total)[NV], const float* memory) {
+    KVP_UNROLL for (int n = 0; n < NV; n++) total[n] = load(memory + n * W);
+}
+
+template <int NV>
+KVP_INLINE void store_total(float* memory, const F (&total)[NV]) {
+    KVP_UNROLL for (int n = 0; n < NV; n++) store(memory + n * W, total[n]);
+}
+
+// What a group gives to the totals of a tile: in `kept`, or else in `memory`.
+template <bool OFFSETS, bool KEEPS, int HEIGHT, int NV, class Sum>
+KVP_INLINE void add_groups(F (&kept)[HEIGHT][NV], float* memory, const Sum (&sums)[HEIGHT][NV],
+                           const GroupScales<NV>& group, const Work& work, int index) {
+    KVP_UNROLL for (int m = 0; m < HEIGHT; m++) {
+        if constexpr (!KEEPS) load_total(kept[m], memory + m * PANEL);
+        add_group<OFFSETS, NV>(kept[m], sums[m], group, work, m, index);
+        if constexpr (!KEEPS) store_total(memory + m * PANEL, kept[m]);
+    }
+}
+
+// The lines of a tile in groups, whose sums are scaled at their end.
+template <class Kind, int HEIGHT, int NV>
+KVP_INLINE void tile_of_groups(const Work& work, Position& at, int column, float* memory) {
+    constexpr bool KEEPS = keeps_totals<Kind>(HEIGHT);
+    const typename Kind::Table table = Kind::table(work.numbers);
+    typename Kind::Sum sums[HEIGHT][NV];
+    F totals[HEIGHT][NV];
+    if (work.first)
+        for (int m = 0; m < HEIGHT; m++) memset(memory + m * PANEL, 0, NV * W * 4);
+    if constexpr (KEEPS)
+        KVP_UNROLL for (int m = 0; m < HEIGHT; m++) load_total(totals[m], memory + m * PANEL);
+    for (int index = 0; index * work.group_lines < work.lines; index++) {
+        KVP_UNROLL for (int m = 0; m < HEIGHT; m++) begin_group<Kind, NV>(sums[m], work, m, index);
+        add_lines<Kind, HEIGHT, NV>(sums, at, work.group_lines, work.stride, table, nullptr);
+        GroupScales<NV> group;
+        load_scales<NV>(group, work, index, column);
+        if (work.offsets) add_groups<true, KEEPS>(totals, memory, sums, group, work, index);
+        else add_groups<false, KEEPS>(totals, memory, sums, group, work, index);
+    }
+    if constexpr (KEEPS)
+        KVP_UNROLL for (int m = 0; m < HEIGHT; m++) store_total(memory + m * PANEL, totals[m]);
 }
 
 template <class Kind, int HEIGHT, int NV>
 static void tile(const Work& work_of_all, int column, const char* ahead) {
     const Work work = work_of_all;  // a copy, which no store can change
     Position at{work.x, work.weights + column * 4, ahead, PIECE / 2};
-    const typename Kind::Table table = Kind::table(work.table);
-    typename Kind::Sum sums[HEIGHT][NV];
     char* const total = work.sums + column * 4;
     if constexpr (Kind::SCALING == Scaling::of_sums) {
-        if (work.first)
-            for (int m = 0; m < HEIGHT; m++) memset(total + m * LINE, 0, NV * W * 4);
-        for (int index = 0; index * work.group_lines < work.lines; index++) {
-            KVP_UNROLL for (int m = 0; m < HEIGHT; m++) begin_group<Kind, NV>(sums[m], work, m, index);
-            add_lines<Kind, HEIGHT, NV>(sums, at, work.group_lines, work.stride, table, nullptr);
-            GroupScales<NV> group;
-            load_scales<NV>(group, work, index, column);
-            if (work.offsets) add_group<true, HEIGHT, NV>((float*)total, sums, group, work, index);
-            else add_group<false, HEIGHT, NV>((float*)total, sums, group, work, index);
-        }
-        return;
+        return tile_of_groups<Kind, HEIGHT, NV>(work, at, column, (float*)total);
     }
+    const typename Kind::Table table = Kind::table(work.numbers);
+    typename Kind::Sum sums[HEIGHT][NV];
     KVP_UNROLL for (int m = 0; m < HEIGHT; m++) KVP_UNROLL for (int n = 0; n < NV; n++) {
         sums[m][n] = typename Kind::Sum{};
         if (!work.first) load_sum(sums[m][n], total + m * LINE + n * W * 4);
@@ -194,7 +229,7 @@ static void add_block(int height, const Work& work) {
 // in every block of rows.
 template <class Kind>
 static void expand_lines(const Work& work, char* out) {
-    const typename Kind::Table table = Kind::table(work.table);
+    const typename Kind::Table table = Kind::table(work.numbers);
     GroupScales<PANEL_VECTORS> group;
     for (int line = 0; line < work.lines; line++) {
         if constexpr (Kind::SCALING == Scaling::of_weights)

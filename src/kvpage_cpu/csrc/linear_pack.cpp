@@ -214,9 +214,7 @@ struct Meaning {
 };
 
 Meaning meaning_of(const KvpLinear& linear, int row, int group) {
-    const bool unsigned_codes = linear.type == KVP_I8 && linear.group == 0;
-    const bool codes = linear.type == KVP_I4 || linear.type == KVP_I8;
-    Meaning meaning{unsigned_codes ? 128.0f : codes ? (float)linear.zero : 0.0f, 1.0f, 0.0f};
+    Meaning meaning{(float)linear.zero, 1.0f, 0.0f};
     if (linear.output_scales) meaning.scale = linear.output_scales[row];
     const auto read = [&](const KvpGroupNumbers& of, float& into) {
         if (!of.values) return;

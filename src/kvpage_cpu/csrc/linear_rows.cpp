@@ -15,8 +15,7 @@ namespace {
 int scales_of_row(const KvpLinear& linear, RowForm form) {
     if (form == RowForm::s8) return 1;
     if (form == RowForm::s8_group) return linear.padded / linear.group;
-    const bool sums = form == RowForm::bf16 && scales_sums(linear.type, linear.group) && has_offsets(linear);
-    return sums ? linear.padded / 32 : 0;
+    return form == RowForm::bf16 && has_offsets(linear) ? linear.padded / summed_columns(linear.group) : 0;
 }
 
 size_t whole_lines(size_t bytes) { return (bytes + 63) & ~(size_t)63; }
@@ -121,7 +120,7 @@ Rows rows_at(const KvpLinear& linear, int count, char* memory) {
     rows.form = row_form(linear);
     rows.count = count;
     rows.columns = linear.padded;
-    rows.group = rows.form == RowForm::s8_group ? linear.group : 0;
+    rows.group = rows.form == RowForm::s8_group ? linear.group : summed_columns(linear.group);
     rows.block_height = tallest(linear.type, linear.group, rows.form);
     rows.permutation = linear.permutation;
     rows.data = memory;

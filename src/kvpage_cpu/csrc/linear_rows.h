@@ -5,16 +5,12 @@
 
 namespace KVP_NS {
 
-// Whether bf16 rows meet codes as they are, scaled at the end of each group.
-KVP_INLINE constexpr bool scales_sums(int type, int group) {
-    return KVP_ISA == 3 && (type == KVP_C4 || (type == KVP_I4 && group >= 32));
-}
-
 // Most rows of a block: what the tallest tile of the product's kind takes.
 KVP_INLINE constexpr int tallest(int type, int group, RowForm form) {
     if (KVP_ISA < 2) return 6;
     if (form == RowForm::s8_group) return KVP_ISA == 3 ? 8 : 12;
-    return scales_sums(type, group) && form == RowForm::bf16 ? 12 : 14;
+    if (group == 0 || form == RowForm::f32) return 14;
+    return type == KVP_I4 || type == KVP_C4 ? 12 : 7;  // of bytes groups are often small: totals stay in registers
 }
 
 KVP_INLINE int columns_of_piece(RowForm form) {
@@ -76,8 +72,13 @@ KVP_INLINE void store_columns(const Rows& rows, const RowPieces& pieces, int row
     F total = zero();
     KVP_UNROLL for (int i = 0; i < 32; i += W) store_bf16(data + i, load(x + i));
     if (!rows.scales) return;
-    KVP_UNROLL for (int i = 0; i < 32; i += W) total = total + load(x + i);
-    rows.scales[(size_t)row * (rows.columns / 32) + column / 32] = sum(total);
+    float* const sums = rows.scales + ((size_t)row * rows.columns + column) / rows.group;
+    for (int i = 0; i < 32; i += W) {
+        total = total + load(x + i);
+        if ((i + W) % rows.group) continue;
+        if (column + i < rows.columns) sums[i / rows.group] = sum(total);
+        total = zero();
+    }
 }
 
 }  // namespace KVP_NS

@@ -29,13 +29,10 @@ KVP_INLINE F group_numbers(const KvpGroupNumbers& of, int panel, int groups, int
     return numbers_at(of.shared_type, of.shared, at * PANEL + column) * values;
 }
 
-// What a kernel takes off a code by itself.
-KVP_INLINE constexpr int middle_of(int type) { return type == KVP_I4 ? 8 : type == KVP_I8 ? 128 : 0; }
+KVP_INLINE bool has_offsets(const KvpLinear& linear) { return linear.zeros.values || linear.offsets.values; }
 
-KVP_INLINE bool has_offsets(const KvpLinear& linear) {
-    if (linear.type != KVP_I4 && (linear.type != KVP_I8 || linear.group == 0)) return false;
-    return linear.zeros.values || linear.offsets.values || linear.zero != middle_of(linear.type);
-}
+// Columns whose sum a row of bf16 keeps where there are offsets.
+KVP_INLINE constexpr int summed_columns(int group) { return group < 32 ? group : 32; }
 
 // Scales that the kernels read as they lie.
 KVP_INLINE bool has_plain_scales(const KvpLinear& linear) {
