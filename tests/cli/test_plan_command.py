@@ -61,7 +61,7 @@ def test_a_plan_says_what_this_version_cannot_run_yet(
     llama_2_70b: str, checkpoint: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     _, split = plan(capsys, llama_2_70b, "--gpu", "80GB", "-tp", "2", "--quantization", "awq")
-    parts = ["GPUs (--gpu)", "tensor parallelism (-tp)", "quantized checkpoints (--quantization)"]
+    parts = ["GPUs (--gpu)", "tensor parallelism (-tp)"]
     assert split["cannot_run_yet"] == parts
     _, advised = plan(capsys, llama_2_70b, "--gpu", "40GB", "-tp", "4", "--gpu-memory-utilization", "0.8")
     assert (advised["quantization"], advised["cannot_run_yet"]) == (None, parts)

@@ -103,8 +103,8 @@ def test_no_tokenizer_names_the_ways_out(tmp_path: Path) -> None:
 
 
 def test_a_quantized_checkpoint_is_refused_by_name(folder: Path) -> None:
-    change_config(folder, quantization_config={"quant_method": "awq", "bits": 4})
-    assert "awq" in refused(folder)
+    change_config(folder, quantization_config={"quant_method": "exl3", "bits": 4})
+    assert "exl3" in refused(folder)
 
 
 def test_an_object_that_is_no_model_is_refused() -> None:
