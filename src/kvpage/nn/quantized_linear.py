@@ -38,7 +38,8 @@ class Int8Linear(LinearKernel):
     def prepare(self, form: WeightForm, bias: torch.Tensor | None) -> None:
         if not isinstance(form, ChannelInt8):
             raise TypeError(f"Int8Linear computes ChannelInt8 weights, not {type(form).__name__}")
-        self._codes, self._scales = form.codes, form.scales
+        self._codes = form.codes
+        self._scales = form.scales if form.factor == 1.0 else form.scales * form.factor
         self._bias = bias
         dtype: torch.dtype = getattr(torch, self.env.dtype)
         self._product = RowProduct(form.codes.device.type, dtype)

@@ -19,7 +19,9 @@ from typing import Any, ClassVar
 
 import torch
 
-from kvpage.api.quant import ChannelInt8, Dense, GroupedInt, LinearEnv, LinearKernel, WeightForm
+from kvpage.api.quant import (
+    ChannelInt8, Codebook, Dense, Fp8, GroupedInt, LinearEnv, LinearKernel, WeightForm,
+)  # fmt: skip
 from kvpage.testing.comparing import require, require_close, require_equal
 from kvpage.testing.suite import ConformanceSuite, not_claimed
 
@@ -87,7 +89,59 @@ def sample_forms() -> Mapping[str, WeightForm]:
     largest = torch.zeros((3, 1024), dtype=torch.uint8, device="cpu")
     signs = torch.tensor([[1e-3], [-1e-3], [0.0]], device="cpu").expand(3, 16)
     forms["GroupedInt-largest-codes"] = GroupedInt(codes=largest, scales=signs.bfloat16(), group=128)
-    return forms
+    return {**forms, **_forms_of_checkpoints(generator)}
+
+
+def _forms_of_checkpoints(generator: torch.Generator) -> dict[str, WeightForm]:
+    """What only files hold: zeros, act-order, super-scales, 8 bits in groups, tables of values, 8-bit floats."""
+
+    def integers(low: int, high: int, *shape: int) -> torch.Tensor:
+        return torch.randint(low, high, shape, generator=generator, device="cpu")
+
+    def numbers(*shape: int) -> torch.Tensor:
+        return (torch.rand(shape, generator=generator, device="cpu") + 0.5).mul(0.02)
+
+    def grouped(bits: int, outputs: int, inputs: int, group: int, **options: Any) -> GroupedInt:
+        codes = integers(0, 256, outputs, inputs * bits // 8).to(torch.uint8)
+        scales = options.pop("scales", None)
+        if scales is None:
+            scales = numbers(outputs, inputs // group).half()
+        options.setdefault("zero", 2 ** (bits - 1))
+        return GroupedInt(codes=codes, scales=scales, group=group, bits=bits, **options)
+
+    order = torch.randperm(192, generator=generator, device="cpu").int()
+    return {
+        "ChannelInt8-factor": ChannelInt8(
+            codes=integers(-127, 128, 9, 64).to(torch.int8), scales=numbers(9) * 100, factor=1 / 127
+        ),
+        "GroupedInt-zeros": grouped(4, 33, 256, 32, zeros=integers(0, 17, 33, 8).to(torch.uint8)),
+        "GroupedInt-any-zero": grouped(4, 5, 96, 96, zero=3, scales=numbers(5, 1)),
+        "GroupedInt-permuted": grouped(4, 17, 192, 64, permutation=order),
+        "GroupedInt-super-scales": grouped(
+            4, 35, 512, 32, zero=0,
+            scales=integers(0, 64, 35, 16).to(torch.uint8), super_scales=numbers(35, 2).half() / 16,
+            offsets=integers(0, 64, 35, 16).to(torch.uint8), super_offsets=numbers(35, 2).half() / -2,
+        ),
+        "GroupedInt-8-bit-super-scales": grouped(
+            8, 33, 512, 16, zero=32,
+            scales=integers(-128, 128, 33, 32).to(torch.int8), super_scales=numbers(33, 2).half() / 128,
+        ),
+        "GroupedInt-8-bit-zeros": grouped(8, 7, 128, 128, zeros=integers(0, 257, 7, 1).to(torch.int16)),
+        "GroupedInt-8-bit-row": grouped(8, 7, 100, 100, permutation=order[order < 100]),
+        "Codebook": Codebook(
+            codes=integers(0, 256, 33, 96).to(torch.uint8), scales=numbers(33, 3), group=64,
+            table=torch.linspace(-1, 1, 16, device="cpu") ** 3,
+        ),
+        "Fp8": Fp8(codes=_float8(generator, 33, 77), scales=numbers(33, 1), group=77),
+        "Fp8-blocks": Fp8(codes=_float8(generator, 5, 200), scales=numbers(5, 2), group=128),
+    }  # fmt: skip
+
+
+def _float8(generator: torch.Generator, outputs: int, inputs: int) -> torch.Tensor:
+    """Of every size: subnormal numbers too."""
+    sizes = torch.logspace(-3, 2, inputs, device="cpu")
+    numbers = torch.randn((outputs, inputs), generator=generator, device="cpu") * sizes
+    return numbers.clamp(-448, 448).to(torch.float8_e4m3fn)
 
 
 def _grouped(
