@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from gguf_writer import F32, encoded, gguf_bytes
 
 from kvpage import CheckpointError
 from kvpage.api.quant import Codebook, GroupedInt
@@ -153,3 +154,12 @@ def test_a_matrix_stored_in_two_types_is_refused() -> None:
     stored = {f"{DOWN}.{name}": torch.zeros(3, 144, dtype=torch.uint8) for name in ("q4_k", "q8_0")}
     with pytest.raises(CheckpointError, match=r"as q8_0 and as q4_k|as q4_k and as q8_0"):
         GGUFScheme().tensors(linear(DOWN, 3, 256), TensorsView(stored))
+
+
+def test_numbers_are_read_from_any_byte_on(tmp_path: Path) -> None:
+    weight = torch.randn(3, 5, generator=torch.Generator().manual_seed(0))
+    for extra in range(4):
+        keys = {"general.architecture": "llama", "general.alignment": 1, "general.name": "x" * extra}
+        path = tmp_path / "model.gguf"
+        path.write_bytes(gguf_bytes(keys, {"output.weight": encoded(weight, F32)[0]}, alignment=1))
+        assert GGUFReader(path).weights().read("lm_head.weight").equal(weight)

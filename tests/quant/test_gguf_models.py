@@ -26,7 +26,7 @@ LLAMA3 = {
 }  # fmt: skip
 LONG = {
     "rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0 + 0.1 * i for i in range(6)],
-    "long_factor": [1.5 + 0.5 * i for i in range(6)],
+    "long_factor": [1.5 + 0.5 * i for i in range(6)], "attention_factor": 1.3,
 }  # fmt: skip
 
 
@@ -102,7 +102,7 @@ CASES: dict[str, tuple[str, str, dict[str, Any], dict[str, Any]]] = {
         "Phi3ForCausalLM",
         {"rope_parameters": LONG, "partial_rotary_factor": 0.75, "original_max_position_embeddings": 32,
          "sliding_window": 29},
-        {"rope.dimension_count": 12, "rope.scaling.original_context_length": 32, "attention.sliding_window": 29},
+        {"rope.dimension_count": 12, "rope.scaling.attn_factor": 1.3, "rope.scaling.original_context_length": 32, "attention.sliding_window": 29},
     ),
     "qwen2-moe": (
         "qwen2moe",

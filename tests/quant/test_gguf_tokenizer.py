@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 from gguf_writer import gguf_bytes
+from hypothesis import given
+from hypothesis import strategies as st
 from tokenizers import (
     AddedToken,
     Regex,
@@ -63,6 +65,10 @@ def original(pre: str) -> Tokenizer:
         vocab_size=420, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), special_tokens=SPECIAL, show_progress=False
     )  # fmt: skip
     tokenizer.train_from_iterator(CORPUS, trainer)
+    learned = json.loads(tokenizer.to_str())["model"]
+    vocabulary = {**learned["vocab"], "Ġzebra": len(learned["vocab"])}  # a word that no merges make
+    merges = [tuple(pair) for pair in learned["merges"]]
+    tokenizer.model = models.BPE(vocab=vocabulary, merges=merges, ignore_merges=pre == "llama-bpe")
     tokenizer.add_tokens([AddedToken("<think>", normalized=False), AddedToken("</think>", normalized=False)])
     return tokenizer
 
@@ -103,7 +109,7 @@ def test_byte_level_ids_are_the_originals(pre: str, tmp_path: Path) -> None:
     if pre == "llama-bpe":
         expected.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
     found = opened(tmp_path / "model.gguf", stated(expected, pre))
-    for text in TEXTS + CORPUS:
+    for text in [*TEXTS, *CORPUS, "one zebra"]:
         ids = expected.encode(text).ids
         assert found.encode(text) == ids, text
         assert found.decode(ids) == expected.decode(ids), text
@@ -141,10 +147,10 @@ def sentencepiece_keys(**changes: Any) -> dict[str, Any]:
     return keys | {f"tokenizer.ggml.{name}": value for name, value in changes.items()}
 
 
-def by_scores(text: str) -> list[int]:
+def by_scores(text: str, *, by_place: bool = False) -> list[int]:
     """SentencePiece's BPE by its definition: again and again the neighbours that make the best piece are joined."""
     places = {piece: index for index, (piece, _, _) in enumerate(pieces())}
-    scores = {piece: score for piece, score, kind in pieces() if kind == 1}
+    scores = {piece: -places[piece] if by_place else score for piece, score, kind in pieces() if kind == 1}
     symbols = list(text.replace(" ", "▁"))
     while True:
         joined = [
@@ -173,6 +179,22 @@ def test_sentencepiece_ids_follow_from_the_scores(tmp_path: Path) -> None:
         assert found.decode(ids) == text.replace("▁", " "), text
 
 
+@given(data=st.data())
+def test_any_text_is_cut_as_the_scores_say(
+    data: st.DataObject, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    found = made_once(tmp_path_factory.getbasetemp() / "scores.gguf")
+    some = st.sampled_from([piece.replace("▁", " ") for piece, _, kind in pieces() if kind == 1])
+    for chosen in data.draw(st.lists(st.lists(some, max_size=14), min_size=8, max_size=8)):
+        text = "".join(chosen)
+        assert found.encode(text, add_special_tokens=False) == by_scores(f" {text}" if text else ""), text
+
+
+@functools.cache
+def made_once(path: Path) -> EngineTokenizer:
+    return opened(path, sentencepiece_keys())
+
+
 def test_special_pieces_are_found_and_what_lies_between_is_text(tmp_path: Path) -> None:
     found = opened(tmp_path / "model.gguf", sentencepiece_keys())
     last = len(pieces())
@@ -194,6 +216,23 @@ def test_no_space_is_put_before_a_text_where_the_file_says_so(tmp_path: Path) ->
     found = opened(tmp_path / "model.gguf", sentencepiece_keys(add_space_prefix=False))
     assert found.encode("the dog") == [1, *by_scores("the dog")]
     assert found.decode(found.encode(" the dog")) == " the dog"
+
+
+def test_gemmas_pieces_are_joined_in_their_order_and_runs_of_spaces_are_pieces(tmp_path: Path) -> None:
+    keys = sentencepiece_keys(
+        add_space_prefix=False, scores=[float(index) for index in range(len(pieces()) + 2)]
+    )
+    keys["tokenizer.ggml.tokens"] += ["  ", "   "]
+    keys["tokenizer.ggml.token_type"] += [4, 4]
+    found = opened(tmp_path / "model.gguf", {**keys, "general.architecture": "gemma2"})
+    for text in ("the dog", " the dog doesn't", "over the lazy fox"):
+        assert found.encode(text) == [1, *by_scores(text, by_place=True)]
+    spaces = len(pieces())
+    ids = [*by_scores("x"), spaces + 1]
+    assert found.encode("x   ", add_special_tokens=False) == ids
+    assert found.decode(ids) == "x   "
+    later = [*by_scores("x"), spaces, *by_scores(" x", by_place=True)]  # " x" is an earlier piece than "  "
+    assert found.encode("x   x", add_special_tokens=False) == later
 
 
 def test_pieces_are_those_of_transformers_own_conversion(tmp_path: Path) -> None:
