@@ -83,7 +83,7 @@ class ModelWeights:
         self._ends(spec)
         del self._weights
         for reason, size in self._unpacked.items():
-            LOG.warning("the native backend holds %s as %s: %.1f MB", reason, env.dtype, size / 1e6)
+            LOG.warning("%.1f MB of weights are plain %s natively: %s", size / 1e6, env.dtype, reason)
 
     def _ends(self, spec: DecoderSpec) -> None:
         """Embedding and head. One memory serves both where they are tied: the head's panels, read by row."""
