@@ -36,6 +36,12 @@ ROOT = Path(__file__).parents[2]
 LLAMA = "meta-llama/Llama-2-7b-chat-hf"
 MODELS = (LLAMA, "meta-llama/Meta-Llama-3.1-8B-Instruct", "llama-2-7b", "model")
 """Folders of these names lie in the working directory of every test here."""
+QUANTIZED = {
+    "TheBloke/Llama-2-70B-AWQ": "awq-gemm-g32",
+    "my-quantized-70b-model": "awq-gemm-g32",
+    "meta-llama/Llama-2-70b-chat-hf-gptq": "gptq-4bit-g32-sym",
+}
+"""And these, whose weights AutoAWQ and auto-gptq wrote."""
 MAX_BLOCKS = ("--port", "0", "--num-kv-blocks", "64")
 
 
@@ -44,8 +50,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     made = tmp_path_factory.mktemp("articles")
     for name in MODELS:
         write_checkpoint(made / name, max_position_embeddings=4096)
-    for name in ("TheBloke/Llama-2-70B-AWQ", "my-quantized-70b-model", "meta-llama/Llama-2-70b-chat-hf-gptq"):
-        write_checkpoint(made / name)
+    for name, written in QUANTIZED.items():
+        write_checkpoint(made / name)  # for its tokenizer
+        (made / name / "model.safetensors").unlink()
+        for file in (ROOT / "tests" / "data" / "quant" / written).iterdir():
+            shutil.copy(file, made / name)
     return made
 
 
@@ -192,11 +201,12 @@ def test_C6_the_module_with_four_gpus_is_refused_with_the_reason(capsys: pytest.
     assert f"--tensor-parallel-size 4: {NO_TENSOR_PARALLEL}" in refusal(capsys, command)
 
 
-def test_C7_awq_is_refused_by_name(capsys: pytest.CaptureFixture[str]) -> None:
+def test_C7_a_checkpoint_of_autoawq_is_served() -> None:
     command = (
         "python -m kvpage.entrypoints.openai.api_server --model TheBloke/Llama-2-70B-AWQ --quantization awq"
     )
-    assert "--quantization awq is no registered scheme" in refusal(capsys, command)
+    with running(command) as client:
+        assert one_completion(client)["model"] == "TheBloke/Llama-2-70B-AWQ"
 
 
 def test_C8_every_interface_and_the_en_dash(capsys: pytest.CaptureFixture[str]) -> None:
@@ -283,14 +293,17 @@ def test_C17_C18_more_gpus_are_refused_with_the_reason(
     assert f"--tensor-parallel-size {size}: {NO_TENSOR_PARALLEL}" in refusal(capsys, command)
 
 
-def test_C19_gptq_is_refused_by_name(capsys: pytest.CaptureFixture[str]) -> None:
+def test_C19_a_checkpoint_of_auto_gptq_is_served_in_half() -> None:
     command = "kvpage serve meta-llama/Llama-2-70b-chat-hf-gptq --quantization gptq --dtype half"
-    assert "--quantization gptq is no registered scheme" in refusal(capsys, command)
+    with serving(command, *MAX_BLOCKS) as server:
+        assert server.service.engine.config.dtype == "float16"
+        assert one_completion(server.client)["choices"]
 
 
-def test_C20_a_local_awq_folder_is_refused_by_name(capsys: pytest.CaptureFixture[str]) -> None:
-    said = refusal(capsys, "kvpage serve my-quantized-70b-model --quantization awq")
-    assert "--quantization awq is no registered scheme" in said
+def test_C20_a_local_folder_of_autoawq_is_served() -> None:
+    with serving("kvpage serve my-quantized-70b-model --quantization awq", *MAX_BLOCKS) as server:
+        assert server.service.engine.config.dtype == "bfloat16"
+        assert one_completion(server.client)["choices"]
 
 
 @pytest.mark.parametrize("flags", ["--gpu-memory-utilization 0.8", "--max-model-len 2048"])
