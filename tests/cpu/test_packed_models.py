@@ -20,6 +20,7 @@ from kvpage.testing.linear_kernels import ForeignForm
 from kvpage_cpu.attention import CpuAttention
 from kvpage_cpu.decoder import CpuDecoder
 from kvpage_cpu.native import ISA_VARIABLE, ISAS, available_isas
+from kvpage_cpu.packing import why_not
 
 TOLERANCES = {"float32": 2e-4, "bfloat16": 1.5e-1}
 
@@ -143,10 +144,9 @@ def test_a_form_without_a_kernel_is_held_as_plain_numbers_and_the_log_says_so(
     assert {"groups of 8 (" in line for line in said} == {True, False}
     caplog.clear()
     plain = {
-        name: form if isinstance(form, (Dense, GroupedInt)) and getattr(form, "group", 32) == 32
-        else Dense(form.dequantize().bfloat16())
+        name: Dense(form.dequantize().bfloat16()) if form.shape[1:] and why_not(form) else form
         for name, form in weights.items()
-    }  # fmt: skip
+    }
     same = built(spec, "bfloat16", plain)
     assert not caplog.records
     row = [Row(0, 0, 14)]
