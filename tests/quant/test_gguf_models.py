@@ -128,9 +128,10 @@ EXTRA = {
 }
 
 
-def made(name: str, kinds: dict[str, int], path: Path) -> Any:
-    """A random model of ``CASES``, written to ``path``."""
+def made(name: str, kinds: dict[str, int], path: Path, **more: Any) -> Any:
+    """A random model of ``CASES``, written to ``path``; ``more`` keys of its tokenizer."""
     architecture, kind, config, keys = CASES[name]
+    keys = {**keys, **{f"tokenizer.{key.replace('__', '.')}": value for key, value in more.items()}}
     cls = getattr(transformers, kind)
     stated = {**SIZES, **config}
     partial = stated.pop("partial_rotary_factor", None)
@@ -182,3 +183,32 @@ def test_a_file_of_plain_numbers_needs_no_scheme_and_can_be_quantized_on_the_fly
             assert engine.config.dtype == "float32"
             (answer,) = engine.generate([{"prompt_token_ids": [4, 5]}], asked, progress=False)
         assert len(answer.outputs[0].token_ids) == 3
+
+
+def test_prompts_templates_and_ends_come_from_the_file(tmp_path: Path) -> None:
+    letters = [chr(code) for code in range(33, 127)]
+    tokens = ["<unk>", "<s>", "</s>", "<|im_end|>", "▁", *letters]
+    tokens += [f"[PAD{index}]" for index in range(199 - len(tokens))]
+    kinds = [2, 3, 3, 3] + [1] * (len(letters) + 1)
+    made(
+        "llama",
+        MIXED,
+        tmp_path / "model.gguf",
+        ggml__model="llama",
+        ggml__tokens=tokens,
+        ggml__scores=[0.0] * 199,
+        ggml__token_type=kinds + [5] * (199 - len(kinds)),
+        ggml__bos_token_id=1,
+        ggml__eos_token_id=2,
+        ggml__add_bos_token=True,
+        chat_template="{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}",
+    )
+    every_end = {2: 100.0}, {3: 100.0}
+    with Engine(tmp_path / "model.gguf", dtype="float32", num_kv_blocks=8) as engine:
+        for bias in every_end:
+            asked = SamplingParams(temperature=0.0, max_tokens=4, logit_bias=bias)
+            (answer,) = engine.generate(["hi"], asked, progress=False)
+            assert answer.prompt_token_ids == [1, 4, tokens.index("h"), tokens.index("i")]
+            assert answer.outputs[0].finish_reason == "stop"
+        (answer,) = engine.chat([{"role": "user", "content": "a"}], asked)
+    assert answer.prompt_token_ids == [4, tokens.index("a"), 2]

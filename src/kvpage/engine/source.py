@@ -84,7 +84,8 @@ def find_model(options: EngineOptions, registry: PluginRegistry, *, weights: boo
     stated = _ask(record.name, path, reader.config)
     if not isinstance(stated, Mapping):
         raise PluginError(f"checkpoint reader {record.name!r}: config() returned {stated!r:.80}, no mapping")
-    own_file = path if path.is_file() else path / "config.json"
+    beside = folder / "config.json"
+    own_file = beside if path.is_dir() and beside.is_file() else path
     return Source(folder, None, HFConfig(stated, source=str(own_file)), reader)
 
 
