@@ -54,8 +54,8 @@ BUGS = (
     Bug(
         "linear: every panel takes the scales of the first",
         "linear.cpp",
-        "load((const float*)linear.scales + column + n * W)",
-        "load((const float*)linear.scales + n * W)",
+        "load(linear.output_scales + column + n * W)",
+        "load(linear.output_scales + n * W)",
     ),
     Bug("linear: int8 weights are off by one", "linear.cpp", "splat_int(-128 *", "splat_int(-127 *"),
     Bug(
@@ -81,6 +81,37 @@ BUGS = (
         "linear_kernels.h",
         "sum = fma(x, group.offsets[n], sum);",
         ";",
+    ),
+    Bug(
+        "linear: zeros of groups are forgotten",
+        "linear.cpp",
+        "(splat((float)linear.zero) - load(offsets + i)) * load(scales + i)",
+        "zero()",
+    ),
+    Bug(
+        "linear: all groups take the first super-scale",
+        "linear.cpp",
+        "(of_panel + index) * PANEL + n",
+        "of_panel * PANEL + n",
+    ),
+    Bug(
+        "linear: columns of an act-order weight meet those of x in order",
+        "linear_rows.cpp",
+        "x[rows.permutation[column + i]]",
+        "x[column + i]",
+    ),
+    Bug("linear: half a row's sums are lost", "linear_rows.h", "if ((i + W) % rows.group) continue;", ""),
+    Bug(
+        "linear: subnormal 8-bit floats are taken for others",
+        "linear_decode.h",
+        "_mm512_testn_epi16_mask(words, _mm512_set1_epi16(0x7800))",
+        "(__mmask32)0",
+    ),
+    Bug(
+        "linear: the head's row is read with the zero of the first group",
+        "linear_pack.cpp",
+        "meaning = meaning_of(linear, row, column / linear.group);",
+        "meaning.scale = meaning_of(linear, row, column / linear.group).scale;",
     ),
     Bug("linear: dynamic codes leave their range", "linear_rows.cpp", "127.0f / range", "128.5f / range"),
     Bug(
@@ -134,8 +165,14 @@ BUGS = (
     Bug(
         "decoder: heads are read before all threads have computed them",
         "decoder.cpp",
-        "multiply(layer.qkv, rows, target, scratch_, thread_, threads_);\n            team_.barrier();",
-        "multiply(layer.qkv, rows, target, scratch_, thread_, threads_);",
+        "model_.hidden, rows);\n            });\n            team_.barrier();",
+        "model_.hidden, rows);\n            });",
+    ),
+    Bug(
+        "decoder: every product takes the rows of the first",
+        "decoder.cpp",
+        "if (i == 0 || !same_rows(linears[i - 1], linears[i])) {",
+        "if (i == 0) {",
     ),
     Bug(
         "decoder: the wrong token's state is kept at the end",
