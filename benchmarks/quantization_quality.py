@@ -2,6 +2,11 @@
 
 python benchmarks/quantization_quality.py                            # the table of docs/quantization.md
 python benchmarks/quantization_quality.py --decoder-backend torch    # with activations as they are
+python benchmarks/quantization_quality.py --checkpoints DIR ...      # what `kvpage quantize` made of it instead
+python benchmarks/quantization_quality.py --checkpoints DIR --nearest 4:32:sym --nearest 4:32:asym
+
+--nearest BITS:GROUP:sym|asym measures the model with its layers' weights rounded to nearest in the format of GPTQ (sym,
+asym) or AWQ (asym): what a calibrated method must beat. The rounded weights are plain ones of float32.
 
 The text is drawn from the model's own generator with a seed that no round of its training used. Perplexity, by
 ``prompt_logprobs``, is that of the tokens which its training counted: what the assistant says, not what it is asked at
@@ -13,18 +18,22 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import shutil
+import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import torch
 from tokenizers import Tokenizer
 
 from kvpage import Engine, SamplingParams
 from kvpage.demo import path
 from kvpage.demo.corpus import documents, held_back
 from kvpage.demo.evaluate import engine_generate, score, wrong
+from kvpage.testing.checkpoints import read_folder, write_folder
 
 SCHEMES = ("int8", "int8-weight-only", "int4", "int4-weight-only")
 SEED = 1000
@@ -104,6 +113,32 @@ def runs(base: dict[str, Any]) -> Iterator[tuple[str, str, dict[str, Any]]]:
         )
 
 
+def round_to_nearest(weight: torch.Tensor, bits: int, group: int, symmetric: bool) -> torch.Tensor:
+    """weight [out, in] float32 as a group's scale (of float16) and zero point can say it."""
+    rows, most = weight.reshape(-1, group), 2**bits - 1
+    low, high = rows.amin(1, keepdim=True).clamp(max=0), rows.amax(1, keepdim=True).clamp(min=0)
+    if symmetric:
+        high = torch.maximum(high, -low)
+        low = -high
+    scale = ((high - low).clamp(min=1e-8) / most).half().float()
+    zero = torch.full_like(scale, 2 ** (bits - 1)) if symmetric else (-low / scale).round().clamp(0, most)
+    return ((rows / scale).round() + zero).clamp(0, most).sub(zero).mul(scale).reshape(weight.shape)
+
+
+def write_rounded(folder: Path, target: Path, nearest: str) -> None:
+    """The plain checkpoint ``folder`` with the linear weights of its layers rounded as ``nearest`` says."""
+    bits, group, kind = nearest.split(":")
+    shutil.copytree(folder, target, ignore=shutil.ignore_patterns("*.safetensors"))
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    tensors = {
+        name: round_to_nearest(tensor.float(), int(bits), int(group), kind == "sym")
+        if ".layers." in name and tensor.dim() == 2
+        else tensor.float()
+        for name, tensor in read_folder(folder)[1].items()
+    }
+    write_folder(target, {**config, "dtype": "float32"}, tensors)
+
+
 def table(found: Sequence[Quality]) -> str:
     """Markdown; differences are against the first row."""
     first = found[0]
@@ -128,6 +163,10 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--decoder-backend", help="default: the engine's choice")
     parser.add_argument("--documents", type=int, default=400)
+    parser.add_argument(
+        "--checkpoints", type=Path, nargs="+", default=[], help="of the same model, quantized"
+    )
+    parser.add_argument("--nearest", action="append", default=[], metavar="BITS:GROUP:sym|asym")
     parser.add_argument("--out", type=Path, help="results as JSON")
     arguments = parser.parse_args()
     base: dict[str, Any] = {"dtype": arguments.dtype}
@@ -137,9 +176,18 @@ def main() -> None:
         context = engine.config.max_model_len - 1
     texts = read_documents(arguments.folder, arguments.documents, context)
     found = []
-    for scheme, head, options in runs(base):
-        found.append(measure(arguments.folder, texts, scheme, head, options))
-        print(found[-1], flush=True)
+    if arguments.checkpoints or arguments.nearest:
+        found.append(measure(arguments.folder, texts, base["dtype"], "plain", base))
+        for checkpoint in arguments.checkpoints:
+            found.append(measure(checkpoint, texts, checkpoint.name, "plain", base))
+        for nearest in arguments.nearest:
+            with tempfile.TemporaryDirectory() as scratch:
+                write_rounded(arguments.folder, Path(scratch) / "rounded", nearest)
+                found.append(measure(Path(scratch) / "rounded", texts, f"nearest {nearest}", "plain", base))
+    else:
+        for scheme, head, options in runs(base):
+            found.append(measure(arguments.folder, texts, scheme, head, options))
+            print(found[-1], flush=True)
     tokens = sum(sum(text.counted) for text in texts)
     print(f"\n{len(texts)} documents, {tokens} tokens counted; {QUESTIONS} questions\n")
     print(table(found))

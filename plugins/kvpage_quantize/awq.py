@@ -13,6 +13,7 @@ import importlib.util
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -37,26 +38,37 @@ MEASURED_ROWS = 4096
 """Tokens that a layer's output error is taken over."""
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AwqPackage:
+    """Parts of autoawq: its classes by model_type, and the module of its quantizer."""
+
+    architectures: Mapping[str, Any]
+    quantizer: Any
+
+
 def quantize_awq(
-    source: Source, settings: AwqSettings, tokens: Sequence[Sequence[int]], bar: StepBar
+    source: Source,
+    settings: AwqSettings,
+    tokens: Sequence[Sequence[int]],
+    package: AwqPackage,
+    bar: StepBar,
 ) -> Packed:
     """The decoder layers' linear modules as AWQ checkpoints hold them, and the norms that scales were folded into.
 
     Raises:
-        KvpageError: autoawq or transformers is missing, it does not know the architecture, or a module cannot be
+        KvpageError: transformers is missing, autoawq does not know the architecture, or a module cannot be
             packed.
     """
-    awq = _load_package()
     model = load_model(source).float()
     prefix, layers = decoder_layers(model)
-    check_linear_modules(layers, prefix, group_size=settings.group_size, inputs=1, outputs=OUTPUTS)
-    wrapper = _wrapper(awq, model)
+    check_linear_modules(list(layers), prefix, group_size=settings.group_size, inputs=1, outputs=OUTPUTS)
+    wrapper = _wrapper(package, model)
     names = {
         f"{prefix}.{index}.{name}" for index, layer in enumerate(layers) for name in linear_modules(layer)
     }
     packed = Packed(config=awq_config(settings))
     length = len(tokens[0])
-    with torch.device("cpu"), _steps(awq, bar):
+    with torch.device("cpu"), _steps(package, bar):
         wrapper.quantize(
             None,
             quant_config={
@@ -69,7 +81,9 @@ def quantize_awq(
             max_calib_samples=len(tokens),
             max_calib_seq_len=length,
             n_parallel_calib_samples=PARALLEL_SEQUENCES,
-            quantizer_cls=measuring_quantizer(awq.AwqQuantizer, prefix, list(layers), packed.errors),
+            quantizer_cls=measuring_quantizer(
+                package.quantizer.AwqQuantizer, prefix, list(layers), packed.errors
+            ),
         )
     for name, module in model.named_modules():
         if name in names:
@@ -109,6 +123,22 @@ def measuring_quantizer(
                 self._nearest[name] = _output_error(features[name], module.weight.data, rounded)
             return features
 
+        def _compute_best_scale(
+            self,
+            x: torch.Tensor,
+            w_mean: torch.Tensor,
+            x_mean: torch.Tensor,
+            module2inspect: torch.nn.Module,
+            *others: Any,
+        ) -> Any:
+            # The search keeps the weights that it tries scales on as `state_dict()` moved to the CPU. There it is the
+            # weights themselves, and the first scales that are tried would stay in them.
+            handle = module2inspect.register_state_dict_post_hook(_with_copies)
+            try:
+                return super()._compute_best_scale(x, w_mean, x_mean, module2inspect, *others)
+            finally:
+                handle.remove()
+
         def _search_best_clip(
             self, layer: torch.nn.Module, named_linears: Mapping[str, torch.nn.Linear], input_feat: Any
         ) -> Any:
@@ -135,6 +165,10 @@ def measuring_quantizer(
     return MeasuringQuantizer
 
 
+def _with_copies(module: torch.nn.Module, state: dict[str, Any], *unused: Any) -> None:
+    state.update({name: tensor.clone() for name, tensor in state.items()})
+
+
 def _output_error(features: torch.Tensor, before: torch.Tensor, after: torch.Tensor) -> float:
     """Norm of the change of the outputs as a share of theirs, over the first tokens of ``features`` [..., in]."""
     error = SquaredError()
@@ -143,7 +177,7 @@ def _output_error(features: torch.Tensor, before: torch.Tensor, after: torch.Ten
     return error.relative
 
 
-def _load_package() -> Any:
+def load_package() -> AwqPackage:
     """autoawq's modules that are used: its table of architectures, its quantizer.
 
     Raises:
@@ -154,10 +188,8 @@ def _load_package() -> Any:
     found = importlib.metadata.version("autoawq")
     if found != VERSION:
         raise KvpageError(f"--method awq needs autoawq {VERSION}, found {found}: pip install 'kvpage[awq]'")
-    with (
-        warnings.catch_warnings()
-    ):  # it says that it is deprecated, and changes the filters to have that seen
-        warnings.simplefilter("ignore")
+    # It says that it is deprecated, and changes the filters in order to be heard.
+    with warnings.catch_warnings(record=True):
         try:
             importlib.import_module("awq")
             auto = importlib.import_module("awq.models.auto")
@@ -166,28 +198,20 @@ def _load_package() -> Any:
             raise KvpageError(
                 f"--method awq: autoawq {VERSION} cannot be imported here ({error}); pip install 'kvpage[awq]'"
             ) from error
-    return _Package(auto.AWQ_CAUSAL_LM_MODEL_MAP, quantizer)
+    return AwqPackage(architectures=auto.AWQ_CAUSAL_LM_MODEL_MAP, quantizer=quantizer)
 
 
-class _Package:
-    """Parts of autoawq: ``architectures`` by model_type, and the module of its quantizer."""
-
-    def __init__(self, architectures: Mapping[str, Any], quantizer: Any) -> None:
-        self.architectures, self.quantizer = architectures, quantizer
-        self.AwqQuantizer = quantizer.AwqQuantizer
-
-
-def _wrapper(awq: Any, model: Any) -> Any:
+def _wrapper(package: AwqPackage, model: Any) -> Any:
     """autoawq's object for ``model``, which knows where its layers and norms are.
 
     Raises:
         KvpageError: it does not know this architecture.
     """
-    kind = awq.architectures.get(model.config.model_type)
+    kind = package.architectures.get(model.config.model_type)
     if kind is None:
         raise KvpageError(
             f"autoawq {VERSION} does not know the architecture {model.config.model_type!r} (it knows "
-            f"{', '.join(sorted(awq.architectures))}): use --method gptq, int8 or fp8"
+            f"{', '.join(sorted(package.architectures))}): use --method gptq, int8 or fp8"
         )
     return kind(
         model,
@@ -200,14 +224,14 @@ def _wrapper(awq: Any, model: Any) -> Any:
 
 
 @contextmanager
-def _steps(awq: Any, bar: StepBar) -> Iterator[None]:
+def _steps(package: AwqPackage, bar: StepBar) -> Iterator[None]:
     """autoawq's layers on our bar in place of its own; as it was afterwards."""
-    own = awq.quantizer.tqdm
-    awq.quantizer.tqdm = functools.partial(_tracked, bar)
+    own = package.quantizer.tqdm
+    package.quantizer.tqdm = functools.partial(_tracked, bar)
     try:
         yield
     finally:
-        awq.quantizer.tqdm = own
+        package.quantizer.tqdm = own
 
 
 def _tracked(bar: StepBar, steps: Sequence[int], desc: str) -> Iterator[int]:

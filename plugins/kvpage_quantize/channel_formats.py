@@ -72,7 +72,7 @@ def channel_pieces(source: Source, chosen: ChannelFormat, errors: list[LayerErro
 
 def channel_config(source: Source, chosen: ChannelFormat) -> dict[str, Any]:
     """``quantization_config``, with every key that compressed-tensors writes."""
-    arguments = {
+    arguments: dict[str, Any] = {
         "actorder": None, "block_structure": None, "group_size": None, "num_bits": 8, "observer_kwargs": {},
         "scale_dtype": None, "symmetric": True, "type": chosen.kind, "zp_dtype": None,
     }  # fmt: skip

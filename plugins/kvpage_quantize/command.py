@@ -161,14 +161,15 @@ def _packed(source: Source, namespace: argparse.Namespace, bar: StepBar) -> tupl
     settings: GptqSettings | AwqSettings
     if namespace.method == "gptq":
         from kvpage_quantize.gptq import quantize_gptq
+        from kvpage_quantize.gptq_package import load_package
 
-        settings = gptq_settings(namespace)
-        packed = quantize_gptq(source, settings, calibration_tokens(source, text), bar)
+        gptq, settings = load_package(), gptq_settings(namespace)
+        packed = quantize_gptq(source, settings, calibration_tokens(source, text), gptq, bar)
     else:
-        from kvpage_quantize.awq import quantize_awq
+        from kvpage_quantize import awq
 
-        settings = awq_settings(namespace)
-        packed = quantize_awq(source, settings, calibration_tokens(source, text), bar)
+        package, settings = awq.load_package(), awq_settings(namespace)
+        packed = awq.quantize_awq(source, settings, calibration_tokens(source, text), package, bar)
     file = None if text.file is None else str(text.file)
     return packed, {**asdict(settings), "calibration": {**asdict(text), "file": file}}
 

@@ -21,7 +21,7 @@ from kvpage_quantize.decoder_layers import (
     load_model,
     record_calls,
 )
-from kvpage_quantize.gptq_package import GptqPackage, load_package
+from kvpage_quantize.gptq_package import GptqPackage
 from kvpage_quantize.packed import Packed
 from kvpage_quantize.report import LayerError, StepBar
 from kvpage_quantize.settings import WHOLE_ROW, GptqSettings
@@ -35,17 +35,20 @@ SMALLEST_SCALE = 2.0**-24
 
 
 def quantize_gptq(
-    source: Source, settings: GptqSettings, tokens: Sequence[Sequence[int]], bar: StepBar
+    source: Source,
+    settings: GptqSettings,
+    tokens: Sequence[Sequence[int]],
+    package: GptqPackage,
+    bar: StepBar,
 ) -> Packed:
     """The decoder layers' linear modules as GPTQ checkpoints hold them.
 
     Raises:
-        KvpageError: auto-gptq or transformers is missing, a module cannot be packed, or the solver fails.
+        KvpageError: transformers is missing, a module cannot be packed, or the solver fails.
     """
-    package = load_package()
     model = load_model(source)
     prefix, layers = decoder_layers(model)
-    check_linear_modules(layers, prefix, group_size=settings.group_size, inputs=WORD, outputs=WORD)
+    check_linear_modules(list(layers), prefix, group_size=settings.group_size, inputs=WORD, outputs=WORD)
     packed = Packed(config=gptq_config(settings))
     with torch.device("cpu"), torch.no_grad():
         for part in model.base_model.children():
@@ -142,11 +145,11 @@ class _Turn:
             scale, zero, g_idx = solver.fasterquant(
                 percdamp=settings.damp_percent, group_size=settings.group_size, actorder=settings.desc_act
             )
-        except torch.linalg.LinAlgError as error:
+        except torch.linalg.LinAlgError as failure:  # type: ignore[attr-defined]  # public, and not listed
             raise KvpageError(
                 f"{name}: the Hessian of the calibration text is not positive definite; raise --damp-percent (it is "
                 f"{settings.damp_percent}) or --calibration-samples"
-            ) from error
+            ) from failure
         solver.free()
         nearest = self._nearest(before)
         error = LayerError(
@@ -194,6 +197,10 @@ def stored_quantizer(base: Any) -> Any:
     """
 
     class StoredQuantizer(base):  # type: ignore[misc]  # a class of a package without types
+        maxq: torch.Tensor
+        scale: torch.Tensor
+        zero: torch.Tensor
+
         def find_params(self, x: torch.Tensor, weight: bool = False) -> None:
             super().find_params(x, weight=weight)
             unwritable = self.zero < 1

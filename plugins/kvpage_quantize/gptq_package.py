@@ -103,7 +103,7 @@ def _is_ours(name: str) -> bool:
 @contextmanager
 def _same_switches() -> Iterator[None]:
     """The solver's module switches TF32 off for the whole process; as it was afterwards."""
-    switches = (torch.backends.cuda.matmul, torch.backends.cudnn)
+    switches: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.cudnn)
     before = [place.allow_tf32 for place in switches]
     try:
         yield

@@ -121,7 +121,7 @@ def _write_file(path: Path, pieces: Sequence[Piece], written: Callable[[Piece], 
                 assert stated == (info.shape, info.dtype), f"{name} became {stated}, the header says {info}"
                 if tensor.numel():
                     flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-                    file.write(memoryview(flat.numpy()))
+                    file.write(flat.numpy().data)
             written(piece)
 
 
