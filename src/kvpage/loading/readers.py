@@ -59,10 +59,13 @@ def open_checkpoint(path: Path) -> CheckpointView:
         )
     others = sorted(file.name for pattern in OTHER_FORMATS for file in path.glob(pattern))
     if others:
-        how = f"path, gguf_file={others[0]!r}" if others[0].endswith(".gguf") else "path"
+        if others[0].endswith(".gguf"):
+            raise CheckpointError(
+                f"{path} has weights as {', '.join(others[:4])}; name one of these files itself"
+            )
         raise CheckpointError(
             f"{path} has weights as {others[0]} only; kvpage reads safetensors. Convert them once: "
-            f"transformers.AutoModelForCausalLM.from_pretrained({how}).save_pretrained(new_path)"
+            f"transformers.AutoModelForCausalLM.from_pretrained(path).save_pretrained(new_path)"
         )
     raise CheckpointError(
         f"{path} has no weights; {SINGLE_FILE}, or {INDEX_FILE} and its shards, are expected"
