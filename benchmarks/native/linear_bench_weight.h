@@ -42,7 +42,7 @@ const Kind KINDS[] = {
     {"asym-none", KVP_I4, 0, 4, 3e-3, 32, KVP_F16, 0, true},
     {"q4k", KVP_I4, 1, 4, 8e-3, 32, KVP_U8, 8, false, true},
     {"q2k", KVP_I4, 0, 4, 4e-3, 16, KVP_U8, 16, false, true},
-    {"nf4", KVP_C4, 0, 4, 1e-1, 64, KVP_F32},
+    {"nf4", KVP_C4, 0, 4, 1e-2, 64, KVP_F32},
     {"q8", KVP_I8, 0, 8, 4e-3, 32, KVP_F16},
     {"q6k", KVP_I8, 0, 8, 4e-3, 16, KVP_I8, 16},
     {"int8-zeros", KVP_I8, 0, 8, 4e-3, 128, KVP_F16, 0, true},

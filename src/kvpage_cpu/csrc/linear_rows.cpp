@@ -101,10 +101,9 @@ void pack_group(const Rows& rows, const RowPieces& pieces, int inputs, int colum
 }  // namespace
 
 bool same_rows(const KvpLinear& a, const KvpLinear& b) {
-    const Rows of_a = rows_at(a, 1, nullptr), of_b = rows_at(b, 1, nullptr);
-    return of_a.form == of_b.form && of_a.columns == of_b.columns && of_a.group == of_b.group &&
-           of_a.block_height == of_b.block_height && of_a.permutation == of_b.permutation &&
-           scales_of_row(a, of_a.form) == scales_of_row(b, of_b.form);
+    const RowForm form = row_form(a);
+    return form == row_form(b) && a.padded == b.padded && scales_of_row(a, form) == scales_of_row(b, form) &&
+           tallest(a.type, a.group, form) == tallest(b.type, b.group, form) && a.permutation == b.permutation;
 }
 
 size_t rows_bytes(const KvpLinear& linear, int count) {
