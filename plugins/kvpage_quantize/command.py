@@ -14,6 +14,7 @@ from kvpage_quantize.output import check_output, copy_companions, output_folder,
 from kvpage_quantize.settings import (
     GPTQ_BITS,
     METHODS,
+    USUAL_SAMPLES,
     WHOLE_ROW,
     AwqSettings,
     CalibrationSettings,
@@ -95,7 +96,9 @@ def make_parser() -> CommandParser:
     format_.add_argument("--damp-percent", type=float, metavar="SHARE", help="of the Hessian's mean diagonal, added to it [0.01]")  # fmt: skip
     text = parser.add_argument_group("calibration text (gptq, awq)")
     text.add_argument("--calibration", type=Path, metavar="FILE", help='text with blank lines between documents, or .jsonl with "text" [generated]')  # fmt: skip
-    text.add_argument("--calibration-samples", type=human_integer, metavar="N", help="sequences [128]")
+    text.add_argument(
+        "--calibration-samples", type=human_integer, metavar="N", help="sequences [gptq: 128, awq: 64]"
+    )
     text.add_argument("--sequence-length", type=human_integer, metavar="N", help="tokens of each [512]")
     text.add_argument("--seed", type=human_integer, metavar="N", help="of generated text, and of the order of a file's documents [0]")  # fmt: skip
     return parser
@@ -114,6 +117,7 @@ def awq_settings(namespace: argparse.Namespace) -> AwqSettings:
 def calibration_settings(namespace: argparse.Namespace) -> CalibrationSettings:
     """What was typed, over the defaults."""
     given = _given(namespace, "calibration", "calibration_samples", "sequence_length", "seed")
+    given.setdefault("calibration_samples", USUAL_SAMPLES[namespace.method])
     names = {"calibration": "file", "calibration_samples": "samples", "sequence_length": "length"}
     return CalibrationSettings(**{names.get(flag, flag): value for flag, value in given.items()})
 

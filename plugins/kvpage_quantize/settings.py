@@ -10,6 +10,9 @@ GPTQ_BITS = (2, 3, 4, 8)
 WHOLE_ROW = -1
 """A group size: one group an output."""
 
+USUAL_SAMPLES = {"gptq": 128, "awq": 64}
+"""Calibration sequences where no flag says how many; the search of AWQ runs them twenty times as often."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GptqSettings:
@@ -47,6 +50,6 @@ class CalibrationSettings:
     """
 
     file: Path | None = None
-    samples: int = 128
+    samples: int = USUAL_SAMPLES["gptq"]
     length: int | None = None
     seed: int = 0

@@ -145,6 +145,7 @@ def test_awq_keeps_the_model_but_for_rounding(plain: Path, tmp_path: Path) -> No
         torch.testing.assert_close(rows * columns, torch.ones_like(rows), rtol=0, atol=0.05)
 
 
+@pytest.mark.filterwarnings("ignore")  # of packages that are not developed any further
 def test_the_driver_solves_what_auto_gptqs_own_solves(plain: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With the package's own rounding of scales, every tensor is that of its own ``quantize()``."""
     modeling = importlib.import_module("auto_gptq.modeling._base")
