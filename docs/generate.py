@@ -11,6 +11,7 @@ import argparse
 import dataclasses
 import inspect
 import math
+import re
 import runpy
 import sys
 import textwrap
@@ -117,34 +118,45 @@ def format_table() -> str:
     """What becomes of each checkpoint under tests/data/quant, as the registered schemes and kernels say."""
     registry = PluginRegistry()
     lines = [
-        "| `quant_method` | read by | checkpoint | in memory | bytes, of the file's | kernel on a CPU |",
-        "|---|---|---|---|---|---|",
+        "| `quant_method` | scheme | checkpoint | written by | in memory | bytes, of the file's | kernel on a CPU |",
+        "|---|---|---|---|---|---|---|",
     ]
     rows = []
-    for folder in sorted(path for path in CHECKPOINTS.iterdir() if (path / "config.json").is_file()):
-        model = next(iter(folder.glob("*.gguf")), folder)
-        options = EngineOptions(model=str(model))
+    for folder in sorted(file.parent for file in CHECKPOINTS.glob("*/config.json")):
+        options = EngineOptions(model=str(next(iter(folder.glob("*.gguf")), folder)))
         source = find_model(options, registry)
-        choice, holding = (
-            find_scheme(options, source.config, registry),
-            planned_holding(options, registry),
-        )
-        assert choice is not None, f"{model} is no quantized checkpoint"
-        assert holding is not None, f"{model} is no quantized checkpoint"
+        choice = find_scheme(options, source.config, registry)
+        holding = planned_holding(options, registry)
+        assert choice is not None, f"{folder} is no quantized checkpoint"
+        assert holding is not None, f"{folder} is no quantized checkpoint"
         method = str((source.config.quantization or {})["quant_method"])
-        forms: dict[str, str] = {}
-        for weight in holding("cpu", "bfloat16", 1).values():
-            if weight.kernel is None:
-                forms[weight.form] = "none: held in bfloat16"
-            else:
-                forms[weight.form] = f"`{weight.kernel}`"
-        share = held_share(source, options, holding)
-        for index, (form, kernel) in enumerate(forms.items()):
-            about = [f"`{method}`", f"`{choice.record.name}`", folder.name.removesuffix("-layer")]
-            about = about if index == 0 else ["", "", ""]
-            rows.append((method, [*about, form, f"{share:.2f}" if index == 0 else "", kernel]))
+        about = [
+            f"`{method}`",
+            f"`{choice.record.name}`",
+            folder.name.removesuffix("-layer"),
+            tool_of(folder),
+        ]
+        share = f"{held_share(source, options, holding):.2f}"
+        forms = {
+            weight.form: "none: held in bfloat16" if weight.kernel is None else f"`{weight.kernel}`"
+            for weight in holding("cpu", "bfloat16", 1).values()
+        }
+        for form, kernel in forms.items():
+            rows.append((method, [*about, form, share, kernel]))
+            about, share = ["", "", "", ""], ""
     rows.sort(key=lambda row: row[0])
     return "\n".join([*lines, *("| " + " | ".join(cells) + " |" for _, cells in rows)])
+
+
+def tool_of(folder: Path) -> str:
+    """The tool that wrote a checkpoint, as its README says."""
+    found = re.search(
+        r"^Tool: (?:tools/make_fp8.py|([\w-]+(?: \([\w-]+\))? [\d.]+))",
+        (folder / "README.md").read_text(),
+        re.M,
+    )
+    assert found, f"{folder}/README.md does not say which tool wrote it"
+    return found.group(1) or "torch, in that layout"
 
 
 def held_share(source: Source, options: EngineOptions, holding: Holding) -> float:
