@@ -85,9 +85,11 @@ class StepBar:
 
     def __init__(self) -> None:
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        console = Console(stderr=True)
         self._bar = Progress(
             *columns,
-            console=Console(stderr=True),
+            console=console,
+            disable=not console.is_terminal,
             transient=True,
             redirect_stdout=False,
             redirect_stderr=False,
