@@ -101,7 +101,7 @@ def pack(
         struct.output_scales = _keep(packed, _padded_rows(form.scales.float() * form.factor))
     else:
         assert isinstance(form, Grouped), "why_not has no reasons"
-        plain = _describe_groups(packed, form, exact)
+        plain = _describe_groups(packed, form, exact, in_place)
     if bias is not None:
         struct.bias = _keep(packed, bias.float().contiguous())
     plain = plain.contiguous()
@@ -119,7 +119,7 @@ def pack(
     return packed
 
 
-def _describe_groups(packed: PackedLinear, form: Grouped, exact: bool) -> torch.Tensor:
+def _describe_groups(packed: PackedLinear, form: Grouped, exact: bool, in_place: bool) -> torch.Tensor:
     """Sets what the struct says of groups, and gives the codes."""
     struct, inputs = packed.struct, form.shape[1]
     if isinstance(form, Fp8):
@@ -137,10 +137,13 @@ def _describe_groups(packed: PackedLinear, form: Grouped, exact: bool) -> torch.
     def numbers(values: torch.Tensor | None, shared: torch.Tensor | None = None) -> KvpGroupNumbers:
         if values is None:
             return KvpGroupNumbers()
-        panels = _group_panels(values.repeat_interleave(repeat, 1)[:, :groups] if repeat > 1 else values)
+        own = in_place and repeat == 1
+        panels = _group_panels(
+            values if repeat == 1 else values.repeat_interleave(repeat, 1)[:, :groups], own
+        )
         found = KvpGroupNumbers(values=_keep(packed, panels), type=NUMBERS[values.dtype])
         if shared is not None:
-            found.shared = _keep(packed, _group_panels(shared))
+            found.shared = _keep(packed, _group_panels(shared, in_place))
             found.shared_type, found.per_shared = NUMBERS[shared.dtype], groups // shared.shape[1]
         return found
 
@@ -184,6 +187,10 @@ def _padded_rows(values: torch.Tensor) -> torch.Tensor:
     )
 
 
-def _group_panels(values: torch.Tensor) -> torch.Tensor:
-    """[N, groups] -> [panels, groups, 32]."""
-    return _padded_rows(values).view(-1, PANEL, values.shape[1]).transpose(1, 2).contiguous()
+def _group_panels(values: torch.Tensor, in_place: bool) -> torch.Tensor:
+    """[N, groups] -> [panels, groups, 32]; ``in_place``: in the memory of ``values`` where they fill whole panels."""
+    panels = _padded_rows(values).view(-1, PANEL, values.shape[1]).transpose(1, 2).contiguous()
+    fits = values.is_contiguous() and panels.numel() == values.numel()
+    if not in_place or not fits or panels.data_ptr() == values.data_ptr():
+        return panels
+    return values.view(panels.shape).copy_(panels)

@@ -137,15 +137,22 @@ def test_rows_are_read_as_the_numbers_which_they_stand_for(context: Context, kin
 
 @pytest.mark.parametrize("kind", MAKERS)
 def test_a_weight_packed_where_it_lies_is_the_one_packed_apart(context: Context, kind: str) -> None:
-    form = form_of(kind, OUTPUTS, 384)
-    x = numbers(3, 384)
-    apart = product(context, form, x, None, torch.float32)
-    codes = form.tensors()[0]
-    own = form.map(torch.clone)
-    packed = pack(context, own, in_place=True)
-    assert packed.struct.panels == own.tensors()[0].data_ptr(), "written over"
-    assert torch.equal(product_of(context, packed, x, OUTPUTS, torch.float32), apart)
-    assert torch.equal(codes.view(torch.uint8), form_of(kind, OUTPUTS, 384).tensors()[0].view(torch.uint8))
+    for outputs in (OUTPUTS, 64):
+        form = form_of(kind, outputs, 384)
+        x = numbers(3, 384)
+        apart = product(context, form, x, None, torch.float32)
+        for mine, again in zip(form.tensors(), form_of(kind, outputs, 384).tensors(), strict=True):
+            assert torch.equal(mine.view(torch.uint8), again.view(torch.uint8)), "only read"
+        packed = pack(context, form, in_place=True)
+        assert packed.struct.panels == form.tensors()[0].data_ptr(), "written over"
+        assert torch.equal(product_of(context, packed, x, outputs, torch.float32), apart)
+
+
+def test_a_file_of_the_engine_is_packed_without_memory_of_its_own() -> None:
+    form = form_of("int4-per-group-super-scales", 64, 384)
+    own = {tensor.data_ptr() for tensor in form.tensors()}
+    packed = pack(Context("portable", threads=1), form, in_place=True)
+    assert {tensor.data_ptr() for tensor in packed.tensors} == own
 
 
 @pytest.mark.parametrize("kind", [kind for kind in MAKERS if "per-" in kind])

@@ -2,7 +2,8 @@
 //
 // Threads take panels; a panel's sums run over all rows before the next. Where several blocks of rows use it,
 // a panel goes in chunks of K that stay in L1 while all blocks pass, and meanwhile the next chunk is
-// prefetched. Where there is one block only, the panel is streamed, prefetched a fixed distance ahead.
+// prefetched. Where there is one block only, the panel is streamed, prefetched a fixed distance ahead. Scales of
+// groups become floats a chunk at a time, but for those that are bfloat16 and nothing else.
 #include "linear_activation.h"
 #include "linear_rows.h"
 
@@ -351,8 +352,8 @@ void multiply(const KvpLinear& linear, const Rows& rows, const Target& target, c
     char* const expanded = scratch + 2 * SUMS_BYTES;
     float* const scales = (float*)(expanded + EXPANDED_BYTES);
     float* const offsets = has_offsets(linear) ? scales + SCALES_BYTES / sizeof(float) : nullptr;
-    const Product product{linear,   rows,   blocks_of(rows), linear.padded / elements_of_dword(linear.type),
-                          numbers_of(linear), expanded, scales, offsets};
+    const int panel_lines = linear.padded / elements_of_dword(linear.type);
+    const Product product{linear, rows, blocks_of(rows), panel_lines, numbers_of(linear), expanded, scales, offsets};
     const PanelSums sum = panel_sums(linear, rows.form);
     const bool gated = target.store == Store::gated;
     const int panels = (linear.outputs + PANEL - 1) / PANEL / (gated ? 2 : 1);

@@ -40,9 +40,6 @@ Rows rows_at(const KvpLinear& linear, int count, char* memory);
 // Row `row` of the product's input, x [inputs]; different rows may be packed by different threads at once.
 void pack_row(const Rows& rows, int inputs, int row, const float* x);
 
-// Columns [column, column + 32) of a row, column % 32 == 0; forms f32 and bf16 without permutation only.
-void pack_piece(const Rows& rows, int row, int column, const float* x);
-
 enum class Store : int32_t { set, add, gated };
 enum class Activation : int32_t { silu, gelu, gelu_tanh, relu, relu2, none };
 
@@ -74,8 +71,8 @@ void activate(Activation activation, float* x, int n);
 void read_row(const KvpLinear& linear, int row, float* out);
 
 // Packs this thread's panels of `linear` from the plain weight: rows `row_bytes` apart, of the type of `linear`; int8:
-// signed where an output has one scale, else q; int4, c4: [N][K / 2] bytes, even k in the low nibble. `source` may be linear.panels itself where
-// linear.padded == linear.inputs and rows are contiguous. `scratch`: 32 rows of the padded K.
+// signed where an output has one scale, else q; int4, c4: [N][K / 2] bytes, even k in the low nibble. `source` may be
+// linear.panels itself where linear.padded == linear.inputs and rows are contiguous. `scratch`: 32 rows of the padded K.
 void pack_weight(const KvpLinear& linear, const char* source, int64_t row_bytes, char* scratch, int thread, int threads);
 
 }  // namespace KVP_NS

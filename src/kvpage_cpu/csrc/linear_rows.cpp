@@ -131,10 +131,6 @@ Rows rows_at(const KvpLinear& linear, int count, char* memory) {
     return rows;
 }
 
-void pack_piece(const Rows& rows, int row, int column, const float* x) {
-    store_columns(rows, pieces_of(rows, row), row, column, x);
-}
-
 void pack_row(const Rows& rows, int inputs, int row, const float* x) {
     const RowPieces pieces = pieces_of(rows, row);
     if (rows.form == RowForm::s8) {
