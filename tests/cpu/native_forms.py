@@ -86,11 +86,12 @@ def _codebook(group: int) -> Callable[..., WeightForm]:
     return make
 
 
-def _fp8(group: int) -> Callable[..., WeightForm]:
+def _fp8(group: int, largest: float = 2.1) -> Callable[..., WeightForm]:
+    """Sizes from subnormal numbers up to 10**largest."""
+
     def make(random: torch.Generator, outputs: int, inputs: int) -> WeightForm:
         size = group or inputs
-        # Sizes from subnormal numbers up to the largest.
-        numbers = torch.randn(outputs, inputs, generator=random) * torch.logspace(-3, 2.1, inputs)
+        numbers = torch.randn(outputs, inputs, generator=random) * torch.logspace(-3, largest, inputs)
         return Fp8(
             codes=numbers.clamp(-448, 448).to(torch.float8_e4m3fn),
             scales=torch.rand(outputs, -(-inputs // size), generator=random) + 0.1,
@@ -124,6 +125,7 @@ MAKERS: Mapping[str, Callable[..., WeightForm]] = {
     "codebook-of-16": _codebook(16),
     "fp8": _fp8(0),
     "fp8-blocks": _fp8(128),
+    "fp8-subnormal": _fp8(0, -2.5),
 }  # fmt: skip
 """Name -> form(random, outputs, inputs); inputs are a multiple of 384."""
 
