@@ -20,7 +20,14 @@ from typing import Any, ClassVar
 import torch
 
 from kvpage.api.quant import (
-    ChannelInt8, Codebook, Dense, Fp8, GroupedInt, LinearEnv, LinearKernel, WeightForm,
+    ChannelInt8,
+    Codebook,
+    Dense,
+    Fp8,
+    GroupedInt,
+    LinearEnv,
+    LinearKernel,
+    WeightForm,
 )  # fmt: skip
 from kvpage.testing.comparing import require, require_close, require_equal
 from kvpage.testing.suite import ConformanceSuite, not_claimed
