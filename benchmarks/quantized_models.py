@@ -163,7 +163,8 @@ def write_safetensors(source: Path, folder: Path, name: str) -> None:
     folder.mkdir(parents=True)
     tensors: Tensors = {}
     for key, tensor in plain_tensors(source):
-        packed = tensor.dim() == 2 and key.startswith("model.layers.")
+        router = key.endswith(".gate.weight")
+        packed = tensor.dim() == 2 and key.startswith("model.layers.") and not router
         tensors.update(pack(key.removesuffix(".weight"), tensor) if packed else {key: tensor})
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     config = json.loads((source / "config.json").read_text())

@@ -69,6 +69,7 @@ class Awq(QuantScheme):
             isinstance(skipped, list) and all(isinstance(name, str) for name in skipped)
         ):
             raise _refusal("modules_to_not_convert", "a list of names, or null", skipped)
+        _refuse_scaled_activations(view)
         return cls(_layout(config), group_size, view.where)
 
     def tensors(self, linear: LinearSpec, view: CheckpointView) -> Mapping[str, TensorSpec]:
@@ -235,6 +236,21 @@ class Awq(QuantScheme):
             f"{self._where(name)}: tensor {name!r} should have {expected}, found {found}; the file is "
             "damaged, or quantization_config belongs to another: download it again"
         )
+
+
+def _refuse_scaled_activations(view: CheckpointView) -> None:
+    """AutoAWQ divides what some activations give (GPT-NeoX, StarCoder2, Falcon) by scales that it folds into the next
+    layer; without them the answers would be wrong."""
+    names = view.names()
+    for name in sorted(names):
+        module = name.removesuffix(".scales")
+        if module == name or len(view.info(name).shape) != 1 or f"{module}.qweight" in names:
+            continue
+        if bool((view.read(name) != 1).any()):
+            raise CheckpointError(
+                f"{view.where(name)}: tensor {name!r} should be 1 everywhere or not be there, found scales of an "
+                "activation, which are not applied here; quantize the model with GPTQ, or use the unquantized one"
+            )
 
 
 def _padded_words(groups: int, group: int) -> int:

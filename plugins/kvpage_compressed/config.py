@@ -25,7 +25,8 @@ STRATEGIES = {"int": ("tensor", "channel", "group"), "float": ("tensor", "channe
 
 
 class Targets:
-    """Which modules a list of targets means: names, "re:" and a pattern from a name's start, or the class "Linear"."""
+    """Which modules a list of targets means: names, "re:" and a pattern from a name's start, or all of a class
+    ("Linear", "Embedding")."""
 
     def __init__(self, key: str, targets: Iterable[str]) -> None:
         self._names = frozenset(targets)
@@ -37,9 +38,9 @@ class Targets:
                 except (re.error, OverflowError, RecursionError) as error:
                     raise wrong(key, f"a regular expression after 're:' ({error})", target) from error
 
-    def match(self, module: str) -> bool:
-        """Whether the linear layer ``module`` is meant."""
-        named = "Linear" in self._names or module in self._names
+    def match(self, module: str, kind: str = "Linear") -> bool:
+        """Whether ``module``, of class ``kind``, is meant."""
+        named = kind in self._names or module in self._names
         return named or any(pattern.match(module) for pattern in self._patterns)
 
 

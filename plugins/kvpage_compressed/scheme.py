@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -26,6 +26,9 @@ from kvpage_compressed.packing import in_bytes, nibbles, unpack, words
 LOG = logging.getLogger("kvpage")
 PLAIN = ("bfloat16", "float16", "float32", "float64")
 SCALES = ("bfloat16", "float16", "float32")
+KINDS = ("Linear", "Embedding")
+"""Classes that targets may name: of matrices that multiply, and of the token embedding."""
+
 ALL_PADDED_BEFORE, STREAM_SINCE = (0, 17), (0, 18)
 """Values of 3, 5, 6 and 7 bits straddle words in no version before the first, in all from the second on; between them
 releases differ from previews."""
@@ -48,6 +51,8 @@ class CompressedTensors(QuantScheme):
     kernels may round them with a scale a token, in place of a static one too.
     """
 
+    quantizes_tables: ClassVar[bool] = True
+
     def __init__(
         self, groups: Sequence[Group], ignore: Targets, version: tuple[int, ...], view: CheckpointView
     ) -> None:
@@ -63,10 +68,10 @@ class CompressedTensors(QuantScheme):
             if name.endswith((".weight", ".weight_packed")) and len(view.info(name).shape) == 2
         }
         for group in groups:
-            if modules and not any(group.targets.match(module) for module in modules):
+            if modules and not any(group.targets.match(module, _kind(module)) for module in modules):
                 raise wrong(
                     f"config_groups.{group.name}.targets",
-                    "Linear, or names or patterns of modules of the checkpoint",
+                    "Linear, Embedding, or names or patterns of modules of the checkpoint",
                     config["config_groups"][group.name].get("targets"),
                 )
         if config.get("kv_cache_scheme") is not None:
@@ -120,9 +125,10 @@ class CompressedTensors(QuantScheme):
 
     def _group(self, linear: LinearSpec) -> Group | None:
         """The group that ``linear`` is of; ``None``: it is left out."""
-        if self._ignore.match(linear.name):
+        kind = KINDS["embed.weight" in linear.parameters]
+        if self._ignore.match(linear.name, kind):
             return None
-        found = [group for group in self._groups if group.targets.match(linear.name)]
+        found = [group for group in self._groups if group.targets.match(linear.name, kind)]
         if len(found) > 1:
             raise wrong(
                 "config_groups",
@@ -360,6 +366,12 @@ def _cut(group: Group, linear: LinearSpec, zero: TensorSpec | None, *, grouped_b
 
 def _has(view: CheckpointView, linear: LinearSpec, suffix: str) -> bool:
     return f"{linear.name}.{suffix}" in view.names()
+
+
+def _kind(module: str) -> str:
+    """Its class, by its name: what a checkpoint's token embedding is called in every family."""
+    own = module.rpartition(".")[2]
+    return KINDS["embed" in own or own == "wte"]
 
 
 def _found_dtype(view: CheckpointView, linear: LinearSpec, suffix: str, known: Sequence[str]) -> str:

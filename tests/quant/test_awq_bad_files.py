@@ -158,3 +158,20 @@ def test_offsets_that_are_not_finite_are_named() -> None:
 def test_a_config_that_is_not_read_here_is_named_with_what_is(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(CheckpointError, match=message):
         Awq.from_checkpoint({**config_of(layout="gemm", group=32), **changes}, TensorsView({}))
+
+
+@pytest.mark.parametrize("divisor", [1.0, 2.0])
+def test_scales_of_an_activation_are_refused_unless_they_change_nothing(
+    tmp_path: Path, divisor: float
+) -> None:
+    """As AutoAWQ writes them for GPT-NeoX and StarCoder2: it divides what comes out of mlp.act."""
+    name = "model.layers.1.mlp.act.scales"
+
+    def damage(tensors: Tensors) -> None:
+        tensors[name] = torch.full((256,), divisor, dtype=torch.float16)
+
+    if divisor == 1.0:
+        opened(tmp_path, damage)
+        return
+    with pytest.raises(CheckpointError, match=rf"model.safetensors: tensor '{name}' should be 1 everywhere"):
+        opened(tmp_path, damage)

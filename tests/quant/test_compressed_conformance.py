@@ -15,6 +15,7 @@ from compressed_packer import BLOCK, DOWN, Q, Recipe, changed, checkpoint, pack_
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kvpage import CheckpointError
 from kvpage.api.quant import ChannelInt8, Fp8, GroupedInt, LinearSpec, WeightForm
 from kvpage.loading.quantized import sketch
 from kvpage.testing.checkpoints import QuantSample, linear, read_folder
@@ -286,3 +287,27 @@ def test_ranks_cut_the_file_where_nothing_straddles(recipe: Recipe, cut: dict[st
         assert specs["weight_packed" if "weight_packed" in specs else "weight"].shard_dim == cut[spec.name]
         if cut[spec.name] is None:
             assert {tensor.shard_dim for tensor in specs.values()} == {None}
+
+
+@pytest.mark.parametrize("targets", [["Embedding", "Linear"], ["Linear", "re:.*embed_tokens"]])
+def test_a_packed_token_embedding_is_read_where_a_group_targets_it(targets: list[str]) -> None:
+    table = linear("model.embed_tokens", 48, 64, "embed.weight")
+    sample = checkpoint(Recipe(), (table, linear(Q, 24, 64)))
+    sample.config["config_groups"]["group_0"]["targets"] = targets
+    assert torch.equal(read(sample, table).dequantize(), sample.oracle[table.name])
+
+
+def test_linear_does_not_mean_the_token_embedding() -> None:
+    table = linear("model.embed_tokens", 48, 64, "embed.weight")
+    sample = checkpoint(Recipe(), (table, linear(Q, 24, 64)))
+    with pytest.raises(
+        CheckpointError, match=r"'model\.embed_tokens' should be plain, since quantization_config"
+    ):
+        read(sample, table)
+
+
+def test_a_plain_token_embedding_stays_plain() -> None:
+    table = linear("model.embed_tokens", 48, 64, "embed.weight")
+    sample = checkpoint(Recipe(), (linear(Q, 24, 64),))
+    view = sample.view(**{f"{table.name}.weight": torch.zeros(48, 64)})
+    assert not CompressedTensors.from_checkpoint(sample.config, view).tensors(table, view)

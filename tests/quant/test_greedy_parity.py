@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import functools
 import runpy
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from kvpage import Engine, SamplingParams
 from kvpage.testing import dequantize_checkpoint
@@ -31,6 +34,7 @@ FAMILIES = {
     "Qwen3ForCausalLM": {"tie_word_embeddings": True},
     "Gemma2ForCausalLM": {"query_pre_attn_scalar": 64},
     "Phi3ForCausalLM": {},
+    "MixtralForCausalLM": {"num_local_experts": 4, "num_experts_per_tok": 2},
 }
 
 
@@ -81,8 +85,75 @@ def kvpage_tokens(path: Path, decoder: str) -> list[list[int]]:
         return [list(output.outputs[0].token_ids) for output in outputs]
 
 
+def taken_apart_phi3(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """gate_up_proj as two matrices, as gptqmodel quantizes it."""
+    found = {}
+    for name, tensor in tensors.items():
+        if name.endswith("gate_up_proj.weight"):
+            halves = tensor.chunk(2)
+            found |= {
+                name.replace("gate_up", part): half for part, half in zip(("gate", "up"), halves, strict=True)
+            }
+        else:
+            found[name] = tensor
+    return found
+
+
+def renamed_mixtral(tensors: dict[str, torch.Tensor], block: str) -> dict[str, torch.Tensor]:
+    """Experts and router under the names of other families, in ``block``."""
+    parts = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
+    found = {}
+    for name, tensor in tensors.items():
+        head, _, part = name.removesuffix(".weight").rpartition(".")
+        new = f"{head}.{parts[part]}.weight" if part in parts else name
+        found[new.replace("block_sparse_moe", block)] = tensor
+    return found
+
+
+TAKEN_APART: dict[str, tuple[str, Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]]] = {
+    "gptqmodel-phi3": ("Phi3ForCausalLM", taken_apart_phi3),
+    "gptqmodel-mixtral": ("MixtralForCausalLM", functools.partial(renamed_mixtral, block="mlp")),
+    "llmcompressor-mixtral": ("MixtralForCausalLM", functools.partial(renamed_mixtral, block="block_sparse_moe")),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TAKEN_APART)
+def test_modules_that_a_quantizer_takes_apart_or_renames_are_found(name: str, root: Path) -> None:
+    architecture, change = TAKEN_APART[name]
+    model, folder = plain_model(architecture, root)
+    changed = root / name
+    changed.mkdir()
+    shutil.copy(folder / "config.json", changed)
+    tensors = change(dict(WRITER["plain_tensors"](folder)))
+    save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, changed / "model.safetensors")
+    path = WRITER["make"](changed, root / "quantized", "gptq-g128")
+    written = load_file(path / "model.safetensors")
+    assert sum(key.endswith(".qweight") for key in written) >= 2 * 5
+    values = dict(dequantize_checkpoint(path))
+    assert {key for key in tensors if tensors[key].dim() == 2} == set(values)
+    inner = SIZES["intermediate_size"]
+    for layer in range(2):
+        prefix = f"model.layers.{layer}"
+        if architecture == "Phi3ForCausalLM":
+            halves = [values.pop(f"{prefix}.mlp.{part}_proj.weight") for part in ("gate", "up")]
+            values[f"{prefix}.mlp.gate_up_proj.weight"] = torch.cat(halves)
+            continue
+        old = f"{prefix}.{'mlp' if 'gptqmodel' in name else 'block_sparse_moe'}"
+        values[f"{prefix}.mlp.gate.weight"] = values.pop(f"{old}.gate.weight")
+        expert = {
+            part: torch.stack([values.pop(f"{old}.experts.{index}.{part}_proj.weight") for index in range(4)])
+            for part in ("gate", "up", "down")
+        }
+        values[f"{prefix}.mlp.experts.gate_up_proj"] = torch.cat([expert["gate"], expert["up"]], 1)
+        values[f"{prefix}.mlp.experts.down_proj"] = expert["down"]
+        assert values[f"{prefix}.mlp.experts.gate_up_proj"].shape[1] == 2 * inner
+    expected = expected_tokens(model, values)
+    assert kvpage_tokens(path, "torch") == expected
+    assert kvpage_tokens(path, "cpu") == expected
+
+
 CASES = [
-    *((architecture, name) for architecture in FAMILIES for name in ("gptq-g128", "gptq-g32-act-order", "nf4")),
+    *((architecture, name) for architecture in FAMILIES if architecture != "MixtralForCausalLM" for name in ("gptq-g128", "gptq-g32-act-order", "nf4")),
     *(("LlamaForCausalLM", name) for name in ("awq-g128", "w4a16-g32", "fp8", "q4_0", "q4_k", "q8_0")),
     ("Qwen3ForCausalLM", "fp8"),
     ("Gemma2ForCausalLM", "awq-g128"),

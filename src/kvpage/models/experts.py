@@ -12,7 +12,6 @@ from kvpage.api.model import (
     MLPSpec,
     ModelDefinition,
     MoESpec,
-    WeightMap,
     WeightRef,
 )
 from kvpage.errors import CheckpointError
@@ -93,7 +92,9 @@ def with_experts(
     On disk each expert has its own tensors, ``block``.experts.3.gate_proj.weight, also in what transformers 5
     writes. Where those are missing, as in a model that transformers 5 holds in memory (or has saved as it is), all
     experts of a layer lie in one mlp.experts.gate_up_proj [experts, gate and up, hidden] and one
-    mlp.experts.down_proj [experts, hidden, inner].
+    mlp.experts.down_proj [experts, hidden, inner]. Quantizers that take those apart call the experts
+    gate_proj, up_proj and down_proj, in ``block`` (llmcompressor) or in mlp (gptqmodel), whatever the family's own
+    names are.
 
     Args:
         experts: an entry a layer. block, shared: the module that has router and experts on disk, and the one
@@ -116,12 +117,28 @@ def with_experts(
             if moe.correction:
                 place = WeightRef(name=f"model.layers.{index}.{block}.gate.e_score_correction_bias")
                 weights[f"layers.{index}.moe.router.correction"] = place
-            places = _in_one_tensor(f"layers.{index}.moe", f"model.layers.{index}.mlp", moe)
+            prefix, layer_name = f"layers.{index}.moe", f"model.layers.{index}"
+            places = _in_one_tensor(prefix, f"{layer_name}.mlp", moe)
+            if block != "mlp":
+                for module in (f"{layer_name}.mlp", f"{layer_name}.{block}"):
+                    places |= _taken_apart(prefix, module, moe, places)
             weights |= {name: replace(weights[name], otherwise=ref) for name, ref in places.items()}
     return ModelDefinition(spec=spec, weights=weights)
 
 
-def _in_one_tensor(prefix: str, module: str, moe: MoESpec) -> WeightMap:
+def _taken_apart(
+    prefix: str, module: str, moe: MoESpec, otherwise: Mapping[str, WeightRef]
+) -> dict[str, WeightRef]:
+    """Experts that a quantizer took out of one tensor, under the names that most families have."""
+    return {
+        name: WeightRef(name=f"{module}.experts.{expert}.{stored}.weight", otherwise=otherwise[name])
+        for expert in range(moe.num_experts)
+        for part, stored in PARTS.items()
+        for name in (f"{prefix}.experts.{expert}.{part}.weight",)
+    }
+
+
+def _in_one_tensor(prefix: str, module: str, moe: MoESpec) -> dict[str, WeightRef]:
     """Router and experts as transformers 5 holds them in memory."""
     inner = moe.expert.intermediate_size
     places = {f"{prefix}.router.weight": WeightRef(name=f"{module}.gate.weight")}

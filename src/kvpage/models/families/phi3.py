@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from kvpage.api.model import AttentionSpec, ModelDefinition
+from dataclasses import replace
+
+from kvpage.api.model import AttentionSpec, ModelDefinition, WeightMap
 from kvpage.models.families.llama import llama_like
 from kvpage.models.fused_weights import one_after_another, qkv_outputs
 from kvpage.models.hf_config import HFConfig
@@ -39,4 +41,13 @@ def translate(cfg: HFConfig, *, max_model_len: int | None) -> ModelDefinition:
     assert isinstance(mixer, AttentionSpec)
     inner = cfg.count("intermediate_size")
     weights = one_after_another(weight_map(spec, NAMES), qkv_outputs(mixer))
-    return ModelDefinition(spec=spec, weights=one_after_another(weights, {"gate": inner, "up": inner}))
+    weights = one_after_another(weights, {"gate": inner, "up": inner})
+    return ModelDefinition(spec=spec, weights=_or_taken_apart(weights, weight_map(spec, HF_NAMES)))
+
+
+def _or_taken_apart(weights: WeightMap, apart: WeightMap) -> WeightMap:
+    """``weights``, or those of ``apart``: gptqmodel takes gate_up_proj apart before it quantizes."""
+    return {
+        name: ref if ref.name == apart[name].name else replace(ref, otherwise=apart[name])
+        for name, ref in weights.items()
+    }
