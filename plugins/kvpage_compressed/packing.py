@@ -18,7 +18,10 @@ def words(count: int, bits: int, *, padded: bool) -> int:
 
 def in_bytes(packed: torch.Tensor) -> torch.Tensor:
     """packed int32 [rows, words] -> uint8 [rows, 4 words]; a view of it where it is contiguous."""
-    return packed.reshape(-1).view(torch.uint8).view(packed.shape[0], 4 * packed.shape[1])
+    flat = packed.reshape(-1)
+    if flat.stride(0) != 1:  # a column of a rank's share, or one word of it
+        flat = flat.clone(memory_format=torch.contiguous_format)
+    return flat.view(torch.uint8).view(packed.shape[0], 4 * packed.shape[1])
 
 
 def unpack(packed: torch.Tensor, count: int, bits: int, *, padded: bool) -> torch.Tensor:
