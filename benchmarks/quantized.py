@@ -5,9 +5,9 @@
 
 The source is a plain Llama in Hugging Face layout (make_model.py makes one); its quantized copies are written to --work
 (quantized_models.py). Each runs in a process of its own, which is stopped while another one runs, and its turn comes once a
-round, so that all meet the same state of the machine. New tokens a second are those after the first of every sequence. Head and embedding of "int4" stay plain, as they do in the checkpoints of all formats but
-GGUF's. Memory is the process's peak and what it holds after the runs (VmHWM, VmRSS), less the KV of the blocks that were
-used. Bound of one stream: the bytes of all weights that a token reads, over the read bandwidth measured beside the runs.
+round, so that all meet the same state of the machine. New tokens a second are those after the first of every sequence. Head
+and embedding of "int4" stay plain, as they do in the checkpoints of all formats but GGUF's. Memory is what the process holds
+after the runs (VmRSS, VmHWM at its peak), the KV that was used and 256 MiB of the bandwidth's probe included.
 """
 
 from __future__ import annotations
@@ -128,11 +128,20 @@ def measure(given: argparse.Namespace, arguments: list[str]) -> dict[str, Any]:
                     runs[name].setdefault(workload, []).append(found)
                     print(f"round {number}: {workload:12} {name:20} {found['tokens_per_second']:8.1f} new tokens/s, "
                           f"{found['VmRSS'] / 2**20:6.0f} MiB", flush=True)  # fmt: skip
+            keep(given, runs)
     finally:
         for child in children.values():
             child.close()
-    return {"date": date.today().isoformat(), "machine": describe(), "source": given.source.name, "new_tokens": given.tokens,
-            "summary": {name: summary(given, name, runs) for name in names}, "runs": runs}  # fmt: skip
+    return {name: summary(given, name, runs) for name in names}
+
+
+def keep(given: argparse.Namespace, runs: dict[str, Any]) -> None:
+    """What was measured up to this round, where a file was named for it."""
+    if given.json:
+        result = {"date": date.today().isoformat(), "machine": describe(), "source": given.source.name,
+                  "new_tokens": given.tokens, "runs": runs,
+                  "summary": {name: summary(given, name, runs) for name in runs}}  # fmt: skip
+        given.json.write_text(json.dumps(result, indent=1) + "\n")
 
 
 def summary(given: argparse.Namespace, name: str, runs: dict[str, Any]) -> dict[str, Any]:
@@ -171,10 +180,7 @@ def main() -> None:
     if given.serve:
         serve(given.source, given.work, given.serve, given.tokens)
         return
-    result = measure(given, sys.argv[1:])
-    print(json.dumps(result["summary"], indent=1))
-    if given.json:
-        given.json.write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps(measure(given, sys.argv[1:]), indent=1))
 
 
 if __name__ == "__main__":
