@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import runpy
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import transformers
 
 from kvpage.api.quant import GroupedInt
 from kvpage.cli.main import main
@@ -21,6 +23,7 @@ from kvpage.plugins import PluginRegistry
 from kvpage.plugins.selection import choose_kernels
 
 DATA = Path(__file__).parent.parent / "data" / "quant"
+WRITER = runpy.run_path(str(Path(__file__).parents[2] / "benchmarks" / "quantized_models.py"))
 WHOLE = [
     "awq-gemm-g32", "bnb-int8", "bnb-nf4-dq", "ct-fp8-dynamic", "ct-w4a16-sym-g32", "ct-w8a8-int8-dyn", "fp8-block-hf",
     "gguf-q4_0/model.gguf", "gguf-q4_k-mix/model.gguf", "gguf-q8_0/model.gguf", "gptq-4bit-g32-asym-actorder",
@@ -35,7 +38,24 @@ def plan(capsys: pytest.CaptureFixture[str], name: str, *flags: str) -> str:
 
 @pytest.mark.parametrize("name", WHOLE)
 def test_the_planned_bytes_are_those_that_loading_takes(name: str) -> None:
-    options, registry = EngineOptions(model=str(DATA / name)), PluginRegistry()
+    check_planned_bytes(DATA / name)
+
+
+@pytest.mark.parametrize("name", sorted(WRITER["SAFETENSORS"]))
+def test_parameters_that_share_a_matrix_are_planned_as_they_are_held(name: str, tmp_path: Path) -> None:
+    """Phi-3's q, k and v: each has the permutation or the table that is stored once."""
+    config = transformers.Phi3Config(
+        vocab_size=96, hidden_size=256, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=64, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        transformers.Phi3ForCausalLM(config).save_pretrained(tmp_path / "phi3")
+    check_planned_bytes(WRITER["make"](tmp_path / "phi3", tmp_path, name))
+
+
+def check_planned_bytes(path: Path) -> None:
+    options, registry = EngineOptions(model=str(path)), PluginRegistry()
     source = find_model(options, registry)
     definition, _ = define_model(options, source, registry)
     choice = find_scheme(options, source.config, registry)

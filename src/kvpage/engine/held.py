@@ -88,13 +88,12 @@ def planned_holding(options: EngineOptions, registry: PluginRegistry) -> Holding
                 continue
             kernel = None if isinstance(form, Dense) else kernel_of(form)
             plain = linear.out_features * linear.in_features * getattr(torch, dtype).itemsize
-            nbytes = plain if kernel is None else form.nbytes
             for name in linear.parameters:
-                share = outputs[name] / linear.out_features
+                plain_bytes = plain * outputs[name] // linear.out_features
                 held[name] = HeldWeight(
                     form=described(form),
-                    nbytes=int(nbytes * share),
-                    plain_bytes=int(plain * share),
+                    nbytes=plain_bytes if kernel is None else _taken(form, outputs[name]).nbytes,
+                    plain_bytes=plain_bytes,
                     kernel=kernel,
                     cut=ranks == 1 or kernel is None or _can_be_cut(form, linear, ranks),
                 )
@@ -109,6 +108,13 @@ def _linears(scheme: QuantScheme, view: CheckpointView, definition: ModelDefinit
     refs = {name: present(ref, known) for name, ref in definition.weights.items()}
     members = [parameter for parameter in parameters(definition.spec) if parameter.name in refs]
     return [linear for linear in linears_of(scheme, members, refs) if f"{linear.name}.weight" in known]
+
+
+def _taken(form: WeightForm, outputs: int) -> WeightForm:
+    """``form`` of so many of its outputs: each parameter of a matrix has what all outputs share, such as a permutation."""
+    if outputs == form.shape[0]:
+        return form
+    return form.take(torch.empty(outputs, dtype=torch.int64, device="meta"))
 
 
 def _can_be_cut(form: WeightForm, linear: LinearSpec, ranks: int) -> bool:
