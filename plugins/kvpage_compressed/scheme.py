@@ -130,11 +130,9 @@ class CompressedTensors(QuantScheme):
             return None
         found = [group for group in self._groups if group.targets.match(linear.name, kind)]
         if len(found) > 1:
-            raise wrong(
-                "config_groups",
-                f"at most one group for {linear.name!r}",
-                ", ".join(group.name for group in found),
-            )
+            expected = f"at most one group for {linear.name!r}"
+            stated = wrong("config_groups", expected, ", ".join(group.name for group in found))
+            raise CheckpointError(f"{self._view.where(f'{linear.name}.weight_scale')}: {stated}")
         return found[0] if found else None
 
     def _specs(self, group: Group, linear: LinearSpec, view: CheckpointView) -> dict[str, TensorSpec]:

@@ -223,3 +223,33 @@ def test_a_config_with_any_value_anywhere_is_read_or_refused(name: str, data: st
         pass
     except KeyError as missing:  # a tensor that the loader finds missing
         assert str(missing.args[0]).startswith(K_PROJ)
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "value"),
+    [
+        (GPTQ, "bits", 5), (GPTQ, "checkpoint_format", "marlin"), (AWQ, "version", "gemm3"),
+        ("ct-w4a16-sym-g32", "sparsity_config", {"format": "sparse-bitmask"}), ("bnb-nf4-dq", "load_in_8bit", True),
+        ("fp8-block-hf", "activation_scheme", "static"),
+    ],
+)  # fmt: skip
+def test_a_value_of_the_config_is_named_with_its_file(
+    tmp_path: Path, name: str, key: str, value: object
+) -> None:
+    folder = copied(tmp_path, name)
+    stated = json.loads((folder / "config.json").read_text())["quantization_config"]
+    change_config(folder, quantization_config={**stated, key: value})
+    said = refused(folder)
+    assert said.startswith(str(folder / "config.json"))
+    assert key in said
+
+
+def test_two_groups_for_a_module_are_named_with_a_file(tmp_path: Path) -> None:
+    folder = copied(tmp_path, "ct-w4a16-sym-g32")
+    stated = json.loads((folder / "config.json").read_text())["quantization_config"]
+    groups = stated["config_groups"]
+    groups["group_1"] = {**groups["group_0"], "targets": ["re:.*k_proj"]}
+    change_config(folder, quantization_config=stated)
+    said = refused(folder)
+    assert str(weights_of(folder)) in said
+    assert "group_0, group_1" in said

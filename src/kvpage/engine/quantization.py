@@ -25,13 +25,15 @@ class SchemeChoice:
     """A scheme and the ``quantization_config`` it is made with: the checkpoint's, or the engine option of that name
     for a scheme that quantizes plain weights.
 
-    ``int8_activations``: kernels may round activations to int8 where the format allows it.
+    ``int8_activations``: kernels may round activations to int8 where the format allows it. ``source``: the file that
+    states ``config``, for error messages.
     """
 
     record: QuantizationSchemeRecord
     kind: type[QuantScheme]
     config: Mapping[str, Any] = field(default_factory=dict)
     int8_activations: bool = True
+    source: str = ""
 
     def open(self, view: CheckpointView) -> QuantScheme:
         """The scheme for the tensors of ``view``.
@@ -42,6 +44,11 @@ class SchemeChoice:
         """
         try:
             scheme = self.kind.from_checkpoint(self.config, view)
+        except CheckpointError as error:
+            # Of a value of its config a scheme does not know the file.
+            if not self.source or not str(error).startswith("quantization_config"):
+                raise
+            raise CheckpointError(f"{self.source}: {error}") from error
         except (KvpageError, MemoryError):
             raise
         except Exception as error:  # a plugin's code may raise anything
@@ -126,7 +133,7 @@ def _stated(
             f"load_format='dummy' makes plain weights, and {config.source} is quantized ({method}): remove its "
             "quantization_config"
         )
-    return SchemeChoice(record, _load(record), stated, int8_activations)
+    return SchemeChoice(record, _load(record), stated, int8_activations, str(config.source))
 
 
 def _aliases(record: QuantizationSchemeRecord, method: str) -> list[str]:
