@@ -62,7 +62,9 @@ def recipes() -> Iterable[Recipe]:
             yield Recipe(bits=bits, strategy=strategy)
             yield Recipe(bits=bits, strategy=strategy, symmetric=False)
     for bits in (4, 8):
-        yield Recipe(bits=bits, symmetric=False, group=96)  # two groups: each of two ranks has a column of zeros
+        yield Recipe(
+            bits=bits, symmetric=False, group=96
+        )  # two groups: each of two ranks has a column of zeros
     yield Recipe(symmetric=False, int8_zeros=True, scales=torch.float16)
     for bits in (2, 3, 4, 8):
         yield Recipe(bits=bits, symmetric=bits == 3, shuffled=True)
