@@ -133,7 +133,7 @@ def format_table() -> str:
         about = [
             f"`{method}`",
             f"`{choice.record.name}`",
-            folder.name.removesuffix("-layer"),
+            folder.name,
             tool_of(folder),
         ]
         share = f"{held_share(source, options, holding):.2f}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import shlex
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -75,7 +76,7 @@ def run(arguments: list[str]) -> int:
     print(
         f"\n{namespace.out}: {report.bytes_after / 1e6:,.1f} MB of {report.bytes_before / 1e6:,.1f} MB ({share:.0%})"
     )
-    print(f'try: kvpage generate --model {namespace.out} "What is a KV cache?"')
+    print(f'try: kvpage generate --model {shlex.quote(str(namespace.out))} "What is a KV cache?"')
     return 0
 
 

@@ -52,8 +52,8 @@ def load_package() -> GptqPackage:
     spec = importlib.util.find_spec(PACKAGE)
     if spec is None or not spec.submodule_search_locations:
         raise KvpageError(
-            "--method gptq quantizes with auto-gptq: pip install 'kvpage[gptq]' (its last release has wheels for Python "
-            f"3.8 to 3.11; this is {sys.version_info.major}.{sys.version_info.minor})"
+            "--method gptq quantizes with auto-gptq, whose last release has wheels up to Python 3.11 (this is "
+            f"{sys.version_info.major}.{sys.version_info.minor}): pip install 'kvpage[gptq]', from a clone '.[gptq]'"
         )
     found = importlib.metadata.version("auto-gptq")
     if found != VERSION:

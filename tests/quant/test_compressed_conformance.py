@@ -133,14 +133,14 @@ def test_the_sketch_has_the_shapes_and_dtypes_of_the_form(name: str) -> None:
         assert {tensor.device.type for tensor in planned.tensors()} == {"meta"}
 
 
-def test_there_is_no_sketch_of_an_index_that_is_not_as_it_should_be() -> None:
-    """The loader says what is wrong, once it looks."""
+def test_an_index_that_is_not_as_it_should_be_is_refused_before_a_sketch() -> None:
     sample = checkpoint(Recipe(shuffled=True))
     scheme = CompressedTensors.from_checkpoint(sample.config, sample.view())
     index = sample.tensors[f"{Q}.weight_g_idx"]
     for damaged in (None, index[:-1], index.long()):
         view = sample.view(**{f"{Q}.weight_g_idx": damaged})
-        assert sketch(scheme, sample.linears[0], view) is None
+        with pytest.raises(CheckpointError, match="weight_g_idx"):
+            sketch(scheme, sample.linears[0], view)
 
 
 @given(

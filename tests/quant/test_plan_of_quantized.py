@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import runpy
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -130,3 +131,18 @@ def test_rounding_of_activations_can_be_turned_off(int8_activations: bool) -> No
     )
     assert isinstance(held, GroupedInt)
     assert held.activation == ("per-group" if int8_activations else "none")
+
+
+def test_a_plan_refuses_what_an_engine_would(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "gptq"
+    shutil.copytree(DATA / "gptq-4bit-g32-sym", folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"]["group_size"] = 64
+    (folder / "config.json").write_text(json.dumps(config))
+    assert main(["plan", str(folder)]) == 2
+    said = capsys.readouterr().err
+    assert "qzeros' should have shape [2, 16]" in said
+    assert "found [4, 16]" in said
+    assert "quantization_config and weights are not of one checkpoint" in said, (
+        "the file's key, not a flag's name"
+    )

@@ -12,11 +12,12 @@ from kvpage.params import SamplingParams
 VALUE = r"""=('[^']*'|"[^"]*"|[^\s,;:)]+)"""
 
 
-def with_flags(message: str, *, sampling: bool) -> str:
+def with_flags(message: str, *, sampling: bool, bare: bool = True) -> str:
     """``message`` with "--max-model-len 9" for "max_model_len=9", and "--max-model-len" for the bare name.
 
     A bare name without an underscore (n, stop) is a word like any other, unless the message begins with it.
-    ``sampling``: whether the command takes sampling flags beside those of the engine.
+    ``sampling``: whether the command takes sampling flags beside those of the engine. ``bare=False``: names without a
+    value are something else's, such as the keys of a checkpoint's config.json.
     """
     names = {field.name for field in fields(EngineOptions)} - {*NOT_ENGINE_FLAGS}
     if sampling:
@@ -25,7 +26,7 @@ def with_flags(message: str, *, sampling: bool) -> str:
     plain = "|".join(sorted((name for name in names if "_" in name), key=len, reverse=True))
     # Not within a path, a flag or a longer name.
     pattern = rf"(?<![\w./-])(?:({known}){VALUE}|({plain})(?![\w./=-])|^({known})(?= (?:must|has|is)\b))"
-    return re.sub(pattern, _flag, message)
+    return re.sub(pattern, lambda match: _flag(match) if bare or match[1] else match[0], message)
 
 
 def _flag(match: re.Match[str]) -> str:

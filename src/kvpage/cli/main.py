@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, cast
 
 import kvpage
-from kvpage.errors import KvpageError
+from kvpage.errors import CheckpointError, KvpageError
 
 if TYPE_CHECKING:
     from kvpage.api.records import Record
@@ -91,7 +91,7 @@ def main(
     except KvpageError as error:
         if traceback:
             raise
-        print(f"error: {_with_flags(str(error), arguments)}", file=sys.stderr)
+        print(f"error: {_with_flags(error, arguments)}", file=sys.stderr)
         return ERROR
     except KeyboardInterrupt:
         print(file=sys.stderr)
@@ -113,14 +113,16 @@ def _drop_output() -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def _with_flags(message: str, arguments: Sequence[str]) -> str:
+def _with_flags(error: KvpageError, arguments: Sequence[str]) -> str:
     """An error of the library as one of the command line; what another's command says stays as it is."""
+    message = str(error)
     ours = {*(command.name for command in COMMANDS), *OF_THE_SERVER}
     if not arguments or arguments[0].replace("_", "-") not in ours:
         return message
     from kvpage.cli.flag_names import with_flags  # only where there is an error to tell
 
-    return with_flags(message, sampling=arguments[0] in TAKE_SAMPLING_FLAGS)
+    of_a_file = isinstance(error, CheckpointError)
+    return with_flags(message, sampling=arguments[0] in TAKE_SAMPLING_FLAGS, bare=not of_a_file)
 
 
 def _dispatch(arguments: list[str], plugin_commands: Callable[[], Iterable[CommandLike]]) -> int:

@@ -114,5 +114,5 @@ def _json_object(text: str) -> dict[Any, Any]:
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"{text!r} is not JSON: {error}") from None
     if not isinstance(value, dict):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a JSON object such as '{{\"50256\": -100}}'")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a JSON object, such as '{{\"name\": 1}}'")
     return {int(key) if key.lstrip("-").isdigit() else key: entry for key, entry in value.items()}

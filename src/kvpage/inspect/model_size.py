@@ -221,7 +221,7 @@ def weigh(
         parameters=count,
         total={part: size for part, size in total.items() if size},
         per_device={part: size for part, size in device.items() if size},
-        estimated=found < seen,
+        estimated=found < seen or becomes_packed,
     )
 
 

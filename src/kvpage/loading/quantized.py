@@ -242,10 +242,15 @@ def packed_names(view: CheckpointView) -> set[str]:
 
 
 def sketch(scheme: QuantScheme, linear: LinearSpec, view: CheckpointView) -> WeightForm | None:
-    """The form that ``scheme`` will make of ``linear``, of meta tensors; ``None`` where it cannot say, or stores it plain."""
+    """The form that ``scheme`` will make of ``linear``, of meta tensors; ``None`` where it cannot say, or stores it plain.
+
+    Raises:
+        CheckpointError: the files' headers do not hold what the scheme expects.
+    """
     tensors = scheme.tensors(linear, view)
     if not tensors:
         return None
+    _check(view, linear, tensors)
     form = scheme.sketch(linear, view)
     if form is not None:
         return form
