@@ -24,6 +24,7 @@ from kvpage.api.quant import (
 )
 from kvpage.errors import CheckpointError, PluginError
 from kvpage.loading.memory import Arena
+from kvpage.loading.quantized import sketch
 from kvpage.loading.readers import DummyView, ModuleView, open_checkpoint
 from kvpage.loading.weights import LoadedWeights, load_weights
 from kvpage.models.families import gpt2, llama, phi3
@@ -203,6 +204,40 @@ def test_a_schemes_own_fault_names_the_scheme_and_the_matrix(
     definition, scheme = define(), Faulty(error)
     with pytest.raises(kind, match=message):
         load(tmp_path, definition, packed_tensors(definition, scheme), scheme)
+
+
+class Forgetful(StoredInt8):
+    """Does not know which tensors it stores."""
+
+    def tensors(self, linear: LinearSpec, view: CheckpointView) -> Mapping[str, TensorSpec]:
+        raise KeyError(linear.name)
+
+
+class LooksAtNumbers(StoredInt8):
+    """Its form depends on what the codes are, and it says nothing beforehand."""
+
+    def to_form(self, linear: LinearSpec, tensors: Mapping[str, torch.Tensor]) -> WeightForm:
+        if tensors["qweight"].sum().item() == 0:
+            raise ValueError("nothing is stored")
+        return super().to_form(linear, tensors)
+
+
+def test_a_plan_hears_of_a_schemes_fault_and_goes_without_a_form_that_needs_numbers(tmp_path: Path) -> None:
+    definition = define()
+    save_file(packed_tensors(definition, StoredInt8()), tmp_path / "model.safetensors")
+    view = open_checkpoint(tmp_path)
+    linear = LinearSpec(
+        name="model.layers.0.mlp.down_proj",
+        parameters=("layers.0.mlp.down.weight",),
+        in_features=24,
+        out_features=16,
+    )
+    form = sketch(StoredInt8(), linear, view)
+    assert isinstance(form, ChannelInt8)
+    assert form.codes.is_meta
+    assert sketch(LooksAtNumbers(), linear, view) is None
+    with pytest.raises(PluginError, match=r"Forgetful failed on 'model\.layers\.0\.mlp\.down_proj'"):
+        sketch(Forgetful(), linear, view)
 
 
 def exact_int8(weight: torch.Tensor) -> torch.Tensor:

@@ -246,12 +246,15 @@ def sketch(scheme: QuantScheme, linear: LinearSpec, view: CheckpointView) -> Wei
 
     Raises:
         CheckpointError: the files' headers do not hold what the scheme expects.
+        PluginError: the scheme itself fails.
     """
-    tensors = scheme.tensors(linear, view)
+    with _blamed(scheme, linear):
+        tensors = _stated(scheme.tensors(linear, view))
     if not tensors:
         return None
     _check(view, linear, tensors)
-    form = scheme.sketch(linear, view)
+    with _blamed(scheme, linear):
+        form = scheme.sketch(linear, view)
     if form is not None:
         return form
     empty = {
@@ -259,8 +262,8 @@ def sketch(scheme: QuantScheme, linear: LinearSpec, view: CheckpointView) -> Wei
         for suffix, spec in tensors.items()
     }
     try:
-        return scheme.to_form(linear, empty)
-    except (RuntimeError, NotImplementedError):  # a number was asked for, which a meta tensor does not have
+        return _made(scheme, linear, empty)
+    except PluginError:  # a number was asked for, which a meta tensor does not have
         return None
 
 
